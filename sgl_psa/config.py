@@ -1,0 +1,264 @@
+"""Every knob of Progressive Sparse Attention, its default, its range and its meaning.
+
+One frozen dataclass is parsed once. The command line (``--psa-coverage``), JSON (``"coverage"``)
+and the environment (``SGL_PSA_COVERAGE``) share its field names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+ENV_PREFIX = "SGL_PSA_"
+#: Variables with the prefix that configure the build and the plugin, not the method.
+ENV_RESERVED = frozenset({"CACHE_DIR", "CPU_ISA", "ALLOW_UNTESTED_SGLANG"})
+
+PolicyName = Literal["psa", "dense"]
+StopName = Literal["marginal", "coverage"]
+ScorerName = Literal["sketch", "hybrid"]
+BackendName = Literal["auto", "cpu", "reference"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the field and what to change."""
+
+
+@dataclass(frozen=True)
+class PSAConfig:
+    """Server-wide settings; immutable, validated on construction.
+
+    Raises:
+        ConfigError: a value is of the wrong type, out of range, or not one of the choices.
+    """
+
+    policy: Annotated[
+        PolicyName, Meta(description="Which pages a decode step reads: psa, or all of them (dense).")
+    ] = "psa"
+    stop: Annotated[
+        StopName,
+        Meta(
+            description="When to stop reading: marginal (no remaining page holds more than DELTA of "
+            "the mass attended) or coverage (COVERAGE of the attention mass is attended)."
+        ),
+    ] = "marginal"
+    coverage: Annotated[
+        float,
+        Meta(gt=0, le=1, description="Attention mass to cover under --psa-stop coverage; 1 = dense."),
+    ] = 0.95
+    delta: Annotated[
+        float,
+        Meta(ge=0, lt=1, description="Page mass that may be left unread, relative to the mass "
+             "attended, under --psa-stop marginal; 0 = dense."),
+    ] = 0.1
+    scorer: Annotated[
+        ScorerName,
+        Meta(description="How the mass of an unread page is estimated: sketch (low-bit keys) or "
+             "hybrid (page moments and cuboid-mean)."),
+    ] = "sketch"
+    sketch_bits: Annotated[
+        Literal[1, 2, 4], Meta(description="Bits per key element of the sketch scorer: 1, 2 or 4.")
+    ] = 2
+    group_pages: Annotated[
+        int, Meta(ge=1, le=1024, description="Pages attended between two stop tests.")
+    ] = 4
+    sink_pages: Annotated[
+        int, Meta(ge=0, le=1024, description="First pages of a request, always attended.")
+    ] = 1
+    recent_pages: Annotated[
+        int, Meta(ge=1, le=4096, description="Last pages of a request (the open one included), "
+                  "always attended.")
+    ] = 2
+    min_context: Annotated[
+        int, Meta(ge=0, description="Requests shorter than this many tokens are decoded densely.")
+    ] = 1024
+    correction_std: Annotated[
+        float, Meta(ge=0, le=16, description="Standard deviations added to the residual correction "
+                    "of the coverage rule.")
+    ] = 1.0
+    conservative: Annotated[
+        bool, Meta(description="Coverage rule: never let the residual correction lower the "
+                   "estimate of what remains.")
+    ] = False
+    backend: Annotated[
+        BackendName, Meta(description="Kernels: auto, cpu (C++) or reference (torch).")
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        for field in _FIELDS:
+            value = check_value(field, getattr(self, field.name), where=field.name)
+            object.__setattr__(self, field.name, value)
+
+    @classmethod
+    def from_sources(
+        cls,
+        flags: Mapping[str, Any] | None = None,
+        document: str | Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> PSAConfig:
+        """Merge the sources: ``flags`` over ``document`` over ``environ`` over the defaults.
+
+        Args:
+            flags: field name -> value; ``None`` means not given.
+            document: a mapping, JSON text, or the path of a JSON file.
+            environ: variables such as ``SGL_PSA_COVERAGE``; ``None`` reads ``os.environ``.
+
+        Raises:
+            ConfigError: unknown key (the nearest one is named), bad value, unreadable document.
+        """
+        merged = {
+            **_from_environ(os.environ if environ is None else environ),
+            **_from_document(document),
+            **{k: v for k, v in (flags or {}).items() if v is not None},
+        }
+        return cls(**convert(merged, where="--psa-config"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Field name -> value."""
+        return dataclasses.asdict(self)
+
+
+def fields() -> tuple[ConfigField, ...]:
+    """The settings in declaration order, with their types and help resolved."""
+    return _FIELDS
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """One setting: its name, annotated type, default and one-line help."""
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str
+
+    @property
+    def kind(self) -> type:
+        """The plain Python type: str, int, float or bool."""
+        base = typing.get_args(self.annotation)[0]
+        return type(self.choices[0]) if self.choices else base
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """Allowed values of an enumerated setting, else empty."""
+        base = typing.get_args(self.annotation)[0]
+        return typing.get_args(base) if typing.get_origin(base) is Literal else ()
+
+
+def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
+    """The error for a key that does not exist, naming the nearest one that does."""
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ConfigError(f"{where}: unknown key {key!r}; {hint}known keys: {', '.join(known)}")
+
+
+def convert(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check keys and convert values (text included) to their fields' types."""
+    by_name = {f.name: f for f in fields()}
+    result = {}
+    for key, value in values.items():
+        if key not in by_name:
+            raise unknown_key(key, by_name, where)
+        result[key] = check_value(by_name[key], value, where=key)
+    return result
+
+
+def check_value(field: ConfigField, value: Any, where: str) -> Any:
+    """``value`` as the field's type.
+
+    Raises:
+        ConfigError: naming ``where``, the value, and what is allowed.
+    """
+    problem = f"{where}={value!r}"
+    if isinstance(value, bool) and field.kind is not bool:
+        raise ConfigError(f"{problem}: expected {_expectation(field)}, got a boolean")
+    if isinstance(value, str) and field.kind is int and field.choices:
+        try:
+            value = int(value)
+        except ValueError:
+            raise ConfigError(f"{problem}: expected {_expectation(field)}") from None
+    try:
+        converted = msgspec.convert(value, field.annotation, strict=False)
+    except msgspec.ValidationError:
+        raise ConfigError(f"{problem}: expected {_expectation(field)}") from None
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise ConfigError(f"{problem}: expected {_expectation(field)}")
+    return converted
+
+
+def _expectation(field: ConfigField) -> str:
+    if field.choices:
+        return "one of " + ", ".join(str(c) for c in field.choices)
+    if field.kind is bool:
+        return "true or false"
+    meta = next(m for m in field.annotation.__metadata__ if isinstance(m, Meta))
+    noun = "an integer" if field.kind is int else "a number"
+    bounds = [
+        f"{sign} {bound:g}"
+        for sign, bound in ((">", meta.gt), (">=", meta.ge), ("<", meta.lt), ("<=", meta.le))
+        if bound is not None
+    ]
+    return " ".join([noun, " and ".join(bounds)]).strip()
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    known = {f.name for f in fields()}
+    found = {}
+    for key, value in environ.items():
+        if not key.startswith(ENV_PREFIX) or key[len(ENV_PREFIX) :] in ENV_RESERVED:
+            continue
+        name = key[len(ENV_PREFIX) :].lower()
+        if name not in known:
+            raise unknown_key(key, [ENV_PREFIX + k.upper() for k in known], "environment")
+        found[name] = value
+    return found
+
+
+def _from_document(document: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    if document is None:
+        return {}
+    if isinstance(document, Mapping):
+        return dict(document)
+    text = document
+    if not document.lstrip().startswith("{"):
+        try:
+            text = Path(document).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--psa-config {document!r}: neither JSON text (it would start with '{{') nor a "
+                f"readable file: {error.strerror}"
+            ) from None
+    try:
+        loaded = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--psa-config is not valid JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError("--psa-config must be a JSON object such as {\"coverage\": 0.9}")
+    return loaded
+
+
+def _collect_fields() -> tuple[ConfigField, ...]:
+    hints = typing.get_type_hints(PSAConfig, include_extras=True)
+    collected = []
+    for f in dataclasses.fields(PSAConfig):
+        meta = next(m for m in hints[f.name].__metadata__ if isinstance(m, Meta))
+        collected.append(ConfigField(f.name, hints[f.name], f.default, meta.description or ""))
+    return tuple(collected)
+
+
+_FIELDS = _collect_fields()
+
+#: Read-only view of the defaults, field name -> value.
+DEFAULTS: Mapping[str, Any] = types.MappingProxyType(PSAConfig().as_dict())

@@ -1,0 +1,112 @@
+"""What every scorer has: page-keyed state for all layers, written wherever K is written."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+
+from sgl_psa.scorers import watermark as wm
+
+
+class CacheShape(NamedTuple):
+    """The KV cache that a scorer describes.
+
+    Attributes:
+        num_layers, num_pages, page_size, num_kv_heads, head_dim: sizes; ``num_pages`` counts
+            every physical page, the padding page included.
+        device: where keys and summaries live.
+    """
+
+    num_layers: int
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    device: torch.device
+
+
+class PageBatch(NamedTuple):
+    """The pages of the requests of one decode step.
+
+    Attributes:
+        page_table: int32 [B, max_pages], physical page of each logical page; entries past a row's
+            last page are unspecified.
+        seq_lens: int32 [B], tokens, the current one included; 0 for padding rows.
+        active: uint8 [B], 1 for rows that want scores.
+    """
+
+    page_table: torch.Tensor
+    seq_lens: torch.Tensor
+    active: torch.Tensor
+
+
+class Scorer(ABC):
+    """Estimates, per page and query head, the log mass log sum exp(scale * q.k).
+
+    State is keyed by physical page and is a pure function of the page's stored keys, so shared,
+    re-used and re-filled pages need no bookkeeping beyond the watermark: the number of tokens of
+    the page, from its start, that the state describes. A page whose watermark is below its fill is
+    scored +inf, which the loop reads as "attend it exactly".
+    """
+
+    name: str
+
+    def __init__(self, shape: CacheShape, backend: str) -> None:
+        self.shape = shape
+        self.backend = backend
+        self.watermark = torch.zeros(
+            shape.num_layers, shape.num_pages, dtype=torch.int32, device=shape.device
+        )
+
+    @staticmethod
+    @abstractmethod
+    def page_bytes(page_size: int, head_dim: int, bits: int) -> int:
+        """Bytes of state read to score one page of one KV head."""
+
+    @property
+    @abstractmethod
+    def bytes_per_page(self) -> int:
+        """Bytes of state read to score one page of one KV head of this cache."""
+
+    @abstractmethod
+    def on_write(self, layer: int, slots: torch.Tensor, k_cache: torch.Tensor) -> None:
+        """Bring the state up to date after K rows were stored.
+
+        Args:
+            layer: index of the layer in this pool.
+            slots: int64 [N], in the order of the tokens.
+            k_cache: [slots, Hkv, D], the layer's keys, the new rows already stored.
+        """
+
+    @abstractmethod
+    def score(self, layer: int, q: torch.Tensor, batch: PageBatch, sm_scale: float) -> torch.Tensor:
+        """Estimated log masses.
+
+        Args:
+            q: [B, Hq, D].
+
+        Returns:
+            float32 [B, Hq, max_pages]; unspecified past a row's last page and for inactive rows.
+        """
+
+    @abstractmethod
+    def state_tensors(self) -> list[torch.Tensor]:
+        """Every tensor of the state, the watermark aside; first dimension is the layer."""
+
+    def advance(self, layer: int, slots: torch.Tensor) -> None:
+        """Move the watermarks of the pages that ``slots`` were written to."""
+        wm.advance(self.watermark[layer], slots, self.shape.page_size)
+
+    def invalidate_slots(self, slots: torch.Tensor) -> None:
+        """Forget what is known of the pages of ``slots`` in every layer."""
+        self.watermark[:, torch.div(slots, self.shape.page_size, rounding_mode="floor")] = 0
+
+    def invalidate_all(self) -> None:
+        """Forget every page."""
+        self.watermark.zero_()
+
+    def size_bytes(self) -> int:
+        """Bytes of the whole state."""
+        return sum(t.numel() * t.element_size() for t in [self.watermark, *self.state_tensors()])

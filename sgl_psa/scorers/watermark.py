@@ -1,0 +1,38 @@
+"""Watermarks: how many tokens of a page, from its start, a summary describes."""
+
+from __future__ import annotations
+
+import torch
+
+
+def advance(watermark: torch.Tensor, slots: torch.Tensor, page_size: int) -> None:
+    """Record that the keys at ``slots`` were written, in place.
+
+    A run of consecutive slots inside a page extends the page's watermark to the run's end if it
+    begins at the page's first slot (the page starts anew) or not beyond the watermark. A run that
+    would leave a gap changes nothing, so the page stays below its fill and is seen as stale.
+
+    Args:
+        watermark: int32 [num_pages].
+        slots: int64 [N] in write order; N may be 0.
+        page_size: tokens a page.
+    """
+    count = slots.numel()
+    if count == 0:
+        return
+    pages = torch.div(slots, page_size, rounding_mode="floor")
+    offsets = slots - pages * page_size
+    starts = torch.ones(count, dtype=torch.bool, device=slots.device)
+    starts[1:] = (slots[1:] != slots[:-1] + 1) | (offsets[1:] == 0)
+    valid = (offsets == 0) | (watermark[pages] >= offsets)
+    index = torch.arange(count, device=slots.device)
+    run_start = torch.where(starts, index, torch.zeros_like(index)).cummax(0).values
+    ends = torch.ones_like(starts)
+    ends[:-1] = starts[1:]
+    keep = ends & valid[run_start]
+    watermark[pages[keep]] = (offsets[keep] + 1).to(watermark.dtype)
+
+
+def touched_pages(slots: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Physical pages of ``slots``, int64, each once."""
+    return torch.unique(torch.div(slots, page_size, rounding_mode="floor"))

@@ -1,0 +1,155 @@
+"""What was read: counters of the decode loop, kept by layer and by row of the batch.
+
+All counts are per KV head and summed over KV heads; bytes include the summaries and sketches that
+were read to choose pages, so a fraction is of everything that dense attention would have read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+#: Columns of the kernels' per (row, KV head) statistics.
+PAGES, TOKENS, SCORED, ROUNDS, COVERAGE, STALE = range(6)
+NUM_COLUMNS = 6
+
+
+class ByteCost(NamedTuple):
+    """Bytes that one KV head reads: per attended token (K and V), and per scored page."""
+
+    token: int
+    scored_page: int
+
+
+@dataclass
+class ReadCounts:
+    """Sums over (row, KV head) of decode steps; ``visits`` is the number of terms."""
+
+    visits: int = 0
+    pages_attended: int = 0
+    pages_total: int = 0
+    bytes_read: int = 0
+    bytes_dense: int = 0
+    rounds: float = 0.0
+    coverage: float = 0.0
+    stale_pages: int = 0
+
+    def add(self, other: ReadCounts) -> None:
+        """Add ``other`` to this, in place."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Counts with the fractions that follow from them; means are over (row, KV head)."""
+        return {
+            "visits": self.visits,
+            "pages_attended": self.pages_attended,
+            "pages_total": self.pages_total,
+            "bytes_read": self.bytes_read,
+            "bytes_dense": self.bytes_dense,
+            "pages_fraction": _ratio(self.pages_attended, self.pages_total),
+            "bytes_fraction": _ratio(self.bytes_read, self.bytes_dense),
+            "mean_rounds": _ratio(self.rounds, self.visits, empty=0.0),
+            "mean_coverage": _ratio(self.coverage, self.visits),
+            "stale_pages": self.stale_pages,
+        }
+
+
+def _ratio(part: float, whole: float, empty: float = 1.0) -> float:
+    return part / whole if whole else empty
+
+
+@dataclass
+class StepStats:
+    """Statistics of one decode step.
+
+    Attributes:
+        table: float64 [L, B, 8], summed over KV heads; columns are the fields of ReadCounts.
+        sparse_rows: rows of the batch that did not take the dense pass.
+    """
+
+    table: torch.Tensor
+    sparse_rows: int
+
+    def layer(self, index: int) -> ReadCounts:
+        """Counts of one layer, all rows."""
+        return _counts(self.table[index].sum(0))
+
+    def row(self, index: int) -> ReadCounts:
+        """Counts of one row, all layers."""
+        return _counts(self.table[:, index].sum(0))
+
+
+def _counts(sums: torch.Tensor) -> ReadCounts:
+    visits, pages, total, read, dense, rounds, coverage, stale = sums.tolist()
+    return ReadCounts(
+        int(visits), int(pages), int(total), int(read), int(dense), rounds, coverage, int(stale)
+    )
+
+
+def step_stats(
+    columns: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sparse_rows: int,
+    page_size: int,
+    cost: ByteCost,
+) -> StepStats:
+    """Turn the kernels' statistics into counts.
+
+    Args:
+        columns: float32 [L, B, Hkv, NUM_COLUMNS].
+        seq_lens: int32 [B]; rows of length 0 are padding and count nothing.
+    """
+    x = columns.to(torch.float64)
+    lens = seq_lens.to(torch.float64)[None, :, None].expand(x.shape[:3])
+    real = (lens > 0).to(torch.float64)
+    fields = [
+        real,
+        x[..., PAGES],
+        torch.ceil(lens / page_size),
+        x[..., TOKENS] * cost.token + x[..., SCORED] * cost.scored_page,
+        lens * cost.token,
+        x[..., ROUNDS],
+        x[..., COVERAGE],
+        x[..., STALE],
+    ]
+    return StepStats((torch.stack(fields, -1) * real[..., None]).sum(2), sparse_rows)
+
+
+@dataclass
+class PSAStats:
+    """Totals of a server (one tensor-parallel rank) since start or the last reset."""
+
+    num_layers: int
+    layers: list[ReadCounts] = field(default_factory=list)
+    decode_steps: int = 0
+    sparse_rows: int = 0
+
+    def __post_init__(self) -> None:
+        self.layers = self.layers or [ReadCounts() for _ in range(self.num_layers)]
+
+    def add(self, step: StepStats) -> None:
+        """Account one decode step."""
+        self.decode_steps += 1
+        self.sparse_rows += step.sparse_rows
+        for index, total in enumerate(self.layers):
+            total.add(step.layer(index))
+
+    def total(self) -> ReadCounts:
+        """Counts over all layers."""
+        counts = ReadCounts()
+        for layer in self.layers:
+            counts.add(layer)
+        return counts
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON of ``GET /psa/stats``."""
+        return {
+            "active": self.sparse_rows > 0,
+            "decode_steps": self.decode_steps,
+            "sparse_rows": self.sparse_rows,
+            **self.total().as_dict(),
+            "layers": [layer.as_dict() for layer in self.layers],
+        }

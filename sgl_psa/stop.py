@@ -1,0 +1,41 @@
+"""Stop rules of the progressive loop, as thresholds on log masses.
+
+Notation, per request, layer and query head: Z_P is the mass of the pages attended so far (exact),
+Z_b the estimated mass of an unread page b, Z_R the sum of Z_b over all unread pages.
+
+* coverage: stop when Z_P / (Z_P + Z_R) >= p, that is log Z_R <= log Z_P + log((1 - p) / p). The
+  estimate of log Z_R is corrected by kappa = mean + c * std of (exact - estimated) log mass over
+  the pages of the last group. Source: PSA, arXiv 2503.00392, with the correction added.
+* marginal: stop when no unread page has Z_b > delta * Z_P. It spends nothing on a diffuse tail of
+  pages that are each negligible.
+
+All query heads of a KV head must agree before the loop stops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from sgl_psa.config import PSAConfig
+from sgl_psa.row import COVERAGE, MARGINAL, Row
+from sgl_psa.rule import RequestRule
+
+
+def coverage_row(rule: RequestRule, config: PSAConfig) -> Row:
+    """Threshold log((1 - p) / p); ``rule.coverage`` must be below 1."""
+    floor = 0.0 if config.conservative else -math.inf
+    threshold = math.log1p(-rule.coverage) - math.log(rule.coverage)
+    return Row(COVERAGE, threshold, floor, config.correction_std)
+
+
+def marginal_row(rule: RequestRule, config: PSAConfig) -> Row:
+    """Threshold log(delta); ``rule.delta`` must be above 0."""
+    return Row(MARGINAL, math.log(rule.delta))
+
+
+#: stop rule name -> row builder.
+STOP_RULES: dict[str, Callable[[RequestRule, PSAConfig], Row]] = {
+    "coverage": coverage_row,
+    "marginal": marginal_row,
+}

@@ -1,0 +1,137 @@
+"""PSADecodeWrapper: sparse paged decode attention behind FlashInfer's plan/run interface."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from sgl_psa_kernels.progressive_decode import progressive_decode
+
+from sgl_psa.config import PSAConfig
+from sgl_psa.rule_table import RuleRows
+from sgl_psa.scorers import Scorer
+from sgl_psa.scorers.base import PageBatch
+from sgl_psa.stats import ByteCost, PSAStats, StepStats, step_stats
+
+
+class DecodePlan(NamedTuple):
+    """One decode step, the same for every layer."""
+
+    batch: PageBatch
+    rows: RuleRows
+    sparse_rows: int
+
+
+class PSADecodeWrapper:
+    """Decode attention over a paged KV cache that reads only the pages that matter.
+
+    ``plan`` once per decode step, then ``run`` once per layer, in any order of layers. ``finish``
+    closes the step and returns its statistics.
+    """
+
+    def __init__(
+        self, config: PSAConfig, scorer: Scorer, *, backend: str, kv_element_bytes: int
+    ) -> None:
+        """
+        Args:
+            scorer: holds the page summaries of the cache that ``run`` will be given.
+            backend: kernel backend, from :func:`sgl_psa.backends.resolve_backend`.
+            kv_element_bytes: size of one K or V element.
+        """
+        self.config = config
+        self.scorer = scorer
+        self.backend = backend
+        self.page_size = scorer.shape.page_size
+        self.cost = ByteCost(2 * scorer.shape.head_dim * kv_element_bytes, scorer.bytes_per_page)
+        self.stats = PSAStats(scorer.shape.num_layers)
+        self._plan: DecodePlan | None = None
+        self._columns: dict[int, torch.Tensor] = {}
+
+    def plan(
+        self,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        rows: RuleRows,
+    ) -> DecodePlan:
+        """Prepare a decode step.
+
+        Args:
+            req_to_token: int32 [request slots, max context], KV slot of each token; the first
+                token of a page has a slot that is a multiple of the page size.
+            req_pool_indices: int64 [B], row of ``req_to_token`` of each batch row.
+            seq_lens: [B] integers, the current token included; 0 for padding rows.
+            rows: rules, from :meth:`sgl_psa.rule_table.RuleTable.rows`.
+        """
+        self.finish()
+        seq_lens = seq_lens.to(torch.int32)
+        longest = int(seq_lens.max()) if seq_lens.numel() else 0
+        heads = req_to_token[req_pool_indices, : max(longest, 1) : self.page_size]
+        page_table = torch.div(heads, self.page_size, rounding_mode="floor").to(torch.int32)
+        sparse = (rows.mode != 0) & (seq_lens >= self.config.min_context) & (seq_lens > 0)
+        rows = rows._replace(mode=torch.where(sparse, rows.mode, torch.zeros_like(rows.mode)))
+        batch = PageBatch(page_table.contiguous(), seq_lens, sparse.to(torch.uint8))
+        self._plan = DecodePlan(batch, rows, int(sparse.sum()))
+        return self._plan
+
+    def run(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        sm_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the planned step in one layer.
+
+        Args:
+            layer: index of the layer in the scorer's cache.
+            q: [B, Hq, D], after rotary embedding.
+            k_cache, v_cache: [slots, Hkv, D]; the current token's rows already stored.
+            sm_scale: factor on q.k.
+
+        Returns:
+            The output [B, Hq, D] in q's dtype, and the log-sum-exp of what was attended, float32
+            [B, Hq].
+
+        Raises:
+            RuntimeError: ``plan`` was not called for this step.
+        """
+        if self._plan is None:
+            raise RuntimeError("PSADecodeWrapper.run() needs plan() first")
+        batch, rows, sparse_rows = self._plan
+        log_mass = self.scorer.score(layer, q, batch, sm_scale) if sparse_rows else None
+        out, lse, columns = progressive_decode(
+            q,
+            k_cache,
+            v_cache,
+            batch.page_table,
+            batch.seq_lens,
+            log_mass,
+            rows.mode,
+            rows.threshold,
+            rows.kappa_floor,
+            rows.kappa_std,
+            page_size=self.page_size,
+            sm_scale=sm_scale,
+            sink_pages=self.config.sink_pages,
+            recent_pages=self.config.recent_pages,
+            group_pages=self.config.group_pages,
+            backend=self.backend,
+        )
+        self._columns[layer] = columns
+        return out, lse
+
+    def finish(self) -> StepStats | None:
+        """Close the planned step: add it to ``stats`` and return it; ``None`` if nothing ran."""
+        plan, columns = self._plan, self._columns
+        self._plan, self._columns = None, {}
+        if plan is None or not columns:
+            return None
+        blank = torch.zeros_like(next(iter(columns.values())))
+        stacked = torch.stack([columns.get(i, blank) for i in range(self.stats.num_layers)])
+        step = step_stats(
+            stacked, plan.batch.seq_lens, plan.sparse_rows, self.page_size, self.cost
+        )
+        self.stats.add(step)
+        return step
