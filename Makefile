@@ -1,0 +1,49 @@
+# make serve   set everything up, then serve the embedded model with PSA on 127.0.0.1:$(PORT)
+# make test    set everything up, then pass the tests (and the linters)
+# make lint    ruff and mypy
+SHELL := /bin/bash
+PORT ?= 30000
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1 \
+	&& { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UV_VERSION := 0.13.8
+LINTED := sgl_psa python kernels test benchmark setup.py
+
+.PHONY: setup serve test test-fast test-server lint format clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: install it, or make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m sgl_psa_kernels._native.build
+	touch $(READY)
+
+serve: $(READY)
+	@exec $(BIN)/python -m sglang_psa.serve --port $(PORT)
+
+test: lint
+	$(BIN)/python -m pytest test
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest test -m "not server"
+
+test-server: $(READY)
+	$(BIN)/python -m pytest test -m server
+
+lint: $(READY)
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix $(LINTED)
+	$(BIN)/ruff format $(LINTED)
+
+clean:
+	rm -rf $(VENV) *.egg-info build dist
