@@ -1,0 +1,136 @@
+"""Key sketches: 1, 2 or 4 bits per key element, and page masses estimated from them.
+
+A sketch describes one key vector (token, KV head) by ``k ~ zero + scale * code`` with one affine
+pair per key. A page's estimated log mass is the log-sum-exp of its sketched logits, so a sketch
+ranks pages almost like the keys themselves at 3-12 % of the bytes of the KV cache. The affine
+low-bit form is KIVI's per-token asymmetric quantisation; the 1-bit form keeps mean and mean
+absolute deviation.
+"""
+
+import torch
+
+from sgl_psa_kernels import checks
+from sgl_psa_kernels.backend import choose
+from sgl_psa_kernels.key_sketch import cpu, reference
+from sgl_psa_kernels.key_sketch.packing import BITS, packed_bytes
+
+_WRITE = {"reference": reference.write, "cpu": cpu.write}
+_SCORE = {"reference": reference.score, "cpu": cpu.score}
+
+
+def write(
+    k_cache: torch.Tensor,
+    slots: torch.Tensor,
+    codes: torch.Tensor,
+    affine: torch.Tensor,
+    *,
+    bits: int,
+    page_size: int,
+    backend: str,
+) -> None:
+    """Sketch the keys at ``slots`` and store the sketches in ``codes`` and ``affine``.
+
+    A sketch is a pure function of the stored key (its dtype included). A slot may occur twice.
+
+    Args:
+        k_cache: [slots, Hkv, D] bf16 | fp16 | fp32. Keys beyond +-65504 have no finite sketch;
+            their pages score +inf.
+        slots: int64 [N], slot numbers within the pool.
+        codes: uint8 [num_pages, Hkv, page_size, D * bits // 8], written; planar packing: byte j
+            holds elements j, j + W, j + 2W, ... (W = its last dimension), lowest bits first.
+        affine: float16 [num_pages, Hkv, page_size, 2] (scale, zero), written.
+        bits: 1, 2 or 4 per key element.
+        page_size: tokens per page.
+        backend: "reference" or "cpu".
+
+    Raises:
+        ValueError: unknown backend, bad shapes or dtypes, slots outside of the pool.
+        RuntimeError: backend "cpu" without a usable native library.
+    """
+    op = "key_sketch.write"
+    implementation = choose(backend, _WRITE, op)
+    checks.check_cache(op, "k_cache", k_cache, page_size)
+    _check_sketch(op, codes, affine, bits, page_size, k_cache.shape[2])
+    checks.check_tensor(op, "slots", slots, torch.int64, (None,))
+    checks.require(
+        codes.shape[1] == k_cache.shape[1] and codes.shape[0] * page_size == k_cache.shape[0],
+        f"{op}: codes {list(codes.shape)} do not match k_cache {list(k_cache.shape)}",
+    )
+    implementation(k_cache, slots, codes, affine, bits=bits, page_size=page_size)
+
+
+def score(
+    q: torch.Tensor,
+    codes: torch.Tensor,
+    affine: torch.Tensor,
+    watermark: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    active: torch.Tensor,
+    *,
+    bits: int,
+    page_size: int,
+    sm_scale: float,
+    backend: str,
+) -> torch.Tensor:
+    """Estimate the log mass of every page for every query head from the sketches.
+
+    ``log_mass[b, h, j] = log sum_{i in page j} exp(sm_scale * q[b, h] . k~_i)`` over the tokens
+    i < seq_len, with k~ the sketched key.
+
+    Args:
+        q: [B, Hq, D] bf16 | fp16 | fp32; query head h uses KV head h // (Hq // Hkv).
+        codes, affine: as written by :func:`write`.
+        watermark: int32 [num_pages], tokens of each page that have a sketch.
+        page_table: int32 [B, max_pages], physical page of each logical page; entries behind the
+            last page of a row are not read.
+        seq_lens: int32 [B]; 0 = padding row.
+        active: uint8 [B]; rows with 0 are skipped, their result is unspecified.
+        bits: 1, 2 or 4 per key element.
+        page_size: tokens per page.
+        sm_scale: softmax scale, usually D ** -0.5.
+        backend: "reference" or "cpu". "cpu" rounds the query to 16 bits per element (relative to
+            the head's largest element), far below the error of the sketch itself.
+
+    Returns:
+        float32 [B, Hq, max_pages]; +inf where the watermark is below the page's tokens or the
+        estimate is not a number: such a page must be attended. Columns behind a row's last page
+        are unspecified.
+
+    Raises:
+        ValueError: unknown backend, bad shapes or dtypes, sequences longer than the page table.
+        RuntimeError: backend "cpu" without a usable native library.
+    """
+    op = "key_sketch.score"
+    implementation = choose(backend, _SCORE, op)
+    _check_sketch(op, codes, affine, bits, page_size, q.shape[-1])
+    checks.check_queries(op, q, codes.shape[1], codes.shape[3] * 8 // bits)
+    checks.check_rows(op, page_table, seq_lens, q.shape[0])
+    checks.check_tensor(op, "watermark", watermark, torch.int32, (codes.shape[0],))
+    checks.check_tensor(op, "active", active, torch.uint8, (q.shape[0],))
+    return implementation(
+        q,
+        codes,
+        affine,
+        watermark,
+        page_table,
+        seq_lens,
+        active,
+        bits=bits,
+        page_size=page_size,
+        sm_scale=sm_scale,
+    )
+
+
+def _check_sketch(
+    op: str, codes: torch.Tensor, affine: torch.Tensor, bits: int, page_size: int, head_dim: int
+) -> None:
+    checks.require(bits in BITS, f"{op}: bits must be one of {BITS}, got {bits}")
+    checks.check_page_size(op, page_size)
+    width = packed_bytes(head_dim, bits)
+    checks.check_tensor(op, "codes", codes, torch.uint8, (None, None, page_size, width))
+    pages, heads = codes.shape[:2]
+    checks.check_tensor(op, "affine", affine, torch.float16, (pages, heads, page_size, 2))
+
+
+__all__ = ["BITS", "packed_bytes", "score", "write"]

@@ -1,0 +1,116 @@
+"""Page summaries: four vectors per (page, KV head), and page masses estimated from them.
+
+The estimate ("hybrid") is logaddexp of two: a Gaussian model of the page's keys (mean and
+per-dimension variance: the log-normal mean of exp(x . k)), calibrated for ordinary pages, and the
+cuboid mean of PSA (box centre plus mean absolute deviation), which finds spikes.
+"""
+
+import torch
+
+from sgl_psa_kernels import checks
+from sgl_psa_kernels.backend import choose
+from sgl_psa_kernels.page_summary import cpu, reference
+
+VECTORS = 4
+"""Vectors of a summary: mean, variance (population), box centre, radius (mean |k - centre|)."""
+
+_UPDATE = {"reference": reference.update, "cpu": cpu.update}
+_SCORE = {"reference": reference.score, "cpu": cpu.score}
+
+
+def update(
+    k_cache: torch.Tensor,
+    pages: torch.Tensor,
+    fill: torch.Tensor,
+    summary: torch.Tensor,
+    *,
+    page_size: int,
+    backend: str,
+) -> None:
+    """Recompute the summary of each page from its first ``fill`` tokens.
+
+    A summary is a pure function of those keys. A page may occur twice with the same fill.
+
+    Args:
+        k_cache: [slots, Hkv, D] bf16 | fp16 | fp32. Slots of a page behind its fill are not read.
+        pages: int64 [M], physical pages.
+        fill: int32 [M], 1 .. page_size tokens.
+        summary: bfloat16 [num_pages, Hkv, 4, D], written: mean, variance, centre, radius.
+        page_size: tokens per page.
+        backend: "reference" or "cpu".
+
+    Raises:
+        ValueError: unknown backend, bad shapes or dtypes, pages outside of the pool, fill not in
+            1 .. page_size.
+        RuntimeError: backend "cpu" without a usable native library.
+    """
+    op = "page_summary.update"
+    implementation = choose(backend, _UPDATE, op)
+    checks.check_cache(op, "k_cache", k_cache, page_size)
+    slots, heads, dim = k_cache.shape
+    shape = (slots // page_size, heads, VECTORS, dim)
+    checks.check_tensor(op, "summary", summary, torch.bfloat16, shape)
+    checks.check_tensor(op, "pages", pages, torch.int64, (None,))
+    checks.check_tensor(op, "fill", fill, torch.int32, (pages.shape[0],))
+    implementation(k_cache, pages, fill, summary, page_size=page_size)
+
+
+def score(
+    q: torch.Tensor,
+    summary: torch.Tensor,
+    watermark: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    active: torch.Tensor,
+    *,
+    page_size: int,
+    sm_scale: float,
+    backend: str,
+) -> torch.Tensor:
+    """Estimate the log mass of every page for every query head from the summaries.
+
+    With x = sm_scale * q[b, h] and n tokens in the page:
+    ``logaddexp(log n + x . mean + 0.5 sum x^2 variance, x . centre + sum |x| radius)``.
+
+    Args:
+        q: [B, Hq, D] bf16 | fp16 | fp32; query head h uses KV head h // (Hq // Hkv).
+        summary: as written by :func:`update`.
+        watermark: int32 [num_pages], tokens of each page that its summary describes.
+        page_table: int32 [B, max_pages], physical page of each logical page; entries behind the
+            last page of a row are not read.
+        seq_lens: int32 [B]; 0 = padding row.
+        active: uint8 [B]; rows with 0 are skipped, their result is unspecified.
+        page_size: tokens per page.
+        sm_scale: softmax scale, usually D ** -0.5.
+        backend: "reference" or "cpu".
+
+    Returns:
+        float32 [B, Hq, max_pages]; +inf where the watermark is below the page's tokens or the
+        estimate is not a number: such a page must be attended. Columns behind a row's last page
+        are unspecified.
+
+    Raises:
+        ValueError: unknown backend, bad shapes or dtypes, sequences longer than the page table.
+        RuntimeError: backend "cpu" without a usable native library.
+    """
+    op = "page_summary.score"
+    implementation = choose(backend, _SCORE, op)
+    checks.check_page_size(op, page_size)
+    checks.check_tensor(op, "summary", summary, torch.bfloat16, (None, None, VECTORS, None))
+    checks.check_queries(op, q, summary.shape[1], summary.shape[3])
+    checks.check_rows(op, page_table, seq_lens, q.shape[0])
+    checks.check_tensor(op, "watermark", watermark, torch.int32, (summary.shape[0],))
+    checks.check_tensor(op, "active", active, torch.uint8, (q.shape[0],))
+    return implementation(
+        q,
+        summary,
+        watermark,
+        page_table,
+        seq_lens,
+        active,
+        page_size=page_size,
+        sm_scale=sm_scale,
+    )
+
+
+__all__ = ["VECTORS", "score", "update"]

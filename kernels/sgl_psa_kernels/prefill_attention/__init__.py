@@ -1,0 +1,71 @@
+"""Prefill attention of one request in two parts: cached prefix and causal chunk.
+
+The parts are merged by log-sum-exp, so the cost is that of the scores which exist: no padded query
+of the total length and no copies of keys and values per query head.
+"""
+
+import torch
+
+from sgl_psa_kernels import checks
+from sgl_psa_kernels.backend import choose
+from sgl_psa_kernels.prefill_attention import cpu, reference
+
+_IMPLEMENTATIONS = {"reference": reference.prefill, "cpu": cpu.prefill}
+
+
+def prefill(
+    q: torch.Tensor,
+    k_prefix: torch.Tensor | None,
+    v_prefix: torch.Tensor | None,
+    k_chunk: torch.Tensor,
+    v_chunk: torch.Tensor,
+    *,
+    sm_scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of S new tokens over a prefix (all of it) and over themselves (causal).
+
+    Args:
+        q: [S, Hq, D] bf16 | fp16 | fp32; query head h uses KV head h // (Hq // Hkv).
+        k_prefix, v_prefix: [Lp, Hkv, D] of the dtype of q, or both None when there is no prefix.
+        k_chunk, v_chunk: [S, Hkv, D], keys and values of the new tokens.
+        sm_scale: softmax scale, usually D ** -0.5.
+        backend: "reference" (plain softmax) or "cpu" (torch's flash attention for CPU).
+
+    Returns:
+        out [S, Hq, D] in the dtype of q and lse float32 [S, Hq] (natural log).
+
+    Raises:
+        ValueError: unknown backend, or shapes and dtypes that do not belong together.
+    """
+    op = "prefill_attention"
+    implementation = choose(backend, _IMPLEMENTATIONS, op)
+    checks.require(k_chunk.dim() == 3, f"{op}: k_chunk must be [S, Hkv, D]")
+    checks.check_queries(op, q, k_chunk.shape[1], k_chunk.shape[2])
+    checks.require(
+        k_chunk.shape == v_chunk.shape and k_chunk.shape[0] == q.shape[0],
+        f"{op}: q {list(q.shape)}, k_chunk {list(k_chunk.shape)} and v_chunk "
+        f"{list(v_chunk.shape)} do not belong together",
+    )
+    checks.require(
+        (k_prefix is None) == (v_prefix is None),
+        f"{op}: pass both k_prefix and v_prefix, or neither",
+    )
+    if k_prefix is None or v_prefix is None or k_prefix.shape[0] == 0:
+        k_prefix = v_prefix = None
+    tensors = [k_chunk, v_chunk]
+    if k_prefix is not None and v_prefix is not None:
+        checks.require(
+            k_prefix.shape == v_prefix.shape and k_prefix.shape[1:] == k_chunk.shape[1:],
+            f"{op}: k_prefix {list(k_prefix.shape)}, v_prefix {list(v_prefix.shape)} and k_chunk "
+            f"{list(k_chunk.shape)} do not belong together",
+        )
+        tensors += [k_prefix, v_prefix]
+    checks.require(
+        all(tensor.dtype == q.dtype for tensor in tensors),
+        f"{op}: q, keys and values must have one dtype; q is {q.dtype}",
+    )
+    return implementation(q, k_prefix, v_prefix, k_chunk, v_chunk, sm_scale=sm_scale)
+
+
+__all__ = ["prefill"]

@@ -1,0 +1,131 @@
+"""Decode attention that reads pages in order of estimated mass and stops by rule.
+
+Source of the idea: Progressive Sparse Attention (PSA): attend pages group by group, merge each
+group exactly by log-sum-exp, and stop once the estimated attention mass of what is left is small.
+The rule "coverage" is PSA's; "marginal" stops when no single remaining page is worth reading.
+"""
+
+import torch
+
+from sgl_psa_kernels import checks
+from sgl_psa_kernels.backend import choose
+from sgl_psa_kernels.progressive_decode import cpu, reference
+from sgl_psa_kernels.progressive_decode.modes import (
+    COVERAGE,
+    DENSE,
+    MARGINAL,
+    NUM_STATS,
+    STAT_NAMES,
+)
+
+_IMPLEMENTATIONS = {
+    "reference": reference.progressive_decode,
+    "cpu": cpu.progressive_decode,
+}
+
+
+def progressive_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    log_mass: torch.Tensor | None,
+    mode: torch.Tensor,
+    threshold: torch.Tensor,
+    kappa_floor: torch.Tensor,
+    kappa_std: torch.Tensor,
+    *,
+    page_size: int,
+    sm_scale: float,
+    sink_pages: int,
+    recent_pages: int,
+    group_pages: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention of one query token per row over the pages that the row's rule selects.
+
+    The G = Hq // Hkv query heads of a KV head share one selection. Forced pages (the first
+    ``sink_pages``, the last ``recent_pages``, the last page, and every page whose ``log_mass`` is
+    +inf) are attended first; then groups of ``group_pages`` pages in order of their largest
+    normalised estimated mass, until the rule of the row stops. ``reference.py`` is the exact
+    specification. Slots behind ``seq_lens`` and page table entries behind the last page of a row
+    are never read.
+
+    Args:
+        q: [B, Hq, D] bf16 | fp16 | fp32; query head h uses KV head h // G.
+        k_cache, v_cache: [slots, Hkv, D], the dtype of q, slots a multiple of ``page_size``.
+        page_table: int32 [B, max_pages], physical page of each logical page.
+        seq_lens: int32 [B], tokens including the current one; 0 = padding row.
+        log_mass: float32 [B, Hq, max_pages], estimated log mass of every page, or None when every
+            row is dense.
+        mode: int32 [B]: 0 dense, 1 marginal, 2 coverage.
+        threshold: float32 [B]: marginal: log(delta); coverage: log((1 - p) / p).
+        kappa_floor: float32 [B], coverage only: lower clamp of the correction kappa.
+        kappa_std: float32 [B], coverage only: multiple of the standard deviation in kappa.
+        page_size: tokens per page, a power of two.
+        sm_scale: softmax scale, usually D ** -0.5.
+        sink_pages, recent_pages: first and last pages that are always attended, >= 0.
+        group_pages: pages per round, >= 1.
+        backend: "reference" or "cpu".
+
+    Returns:
+        out [B, Hq, D] in the dtype of q; lse float32 [B, Hq], natural log, of what was attended;
+        stats float32 [B, Hkv, 6] named by ``STAT_NAMES``. Padding rows: 0, -inf, 0.
+
+    Raises:
+        ValueError: unknown backend, bad shapes or dtypes, a mode outside of 0..2, a row with rule
+            but no ``log_mass``, sequences longer than the page table, page numbers outside of the
+            pool.
+        RuntimeError: backend "cpu" without a usable native library.
+    """
+    op = "progressive_decode"
+    implementation = choose(backend, _IMPLEMENTATIONS, op)
+    checks.check_cache(op, "k_cache", k_cache, page_size)
+    checks.check_cache(op, "v_cache", v_cache, page_size)
+    checks.require(
+        k_cache.shape == v_cache.shape,
+        f"{op}: k_cache {list(k_cache.shape)} and v_cache {list(v_cache.shape)} differ",
+    )
+    checks.check_queries(op, q, k_cache.shape[1], k_cache.shape[2])
+    checks.require(
+        q.dtype == k_cache.dtype == v_cache.dtype,
+        f"{op}: q is {q.dtype}, k_cache {k_cache.dtype}, v_cache {v_cache.dtype}; convert q",
+    )
+    batch = q.shape[0]
+    checks.check_rows(op, page_table, seq_lens, batch)
+    checks.check_tensor(op, "mode", mode, torch.int32, (batch,))
+    for name, tensor in (
+        ("threshold", threshold),
+        ("kappa_floor", kappa_floor),
+        ("kappa_std", kappa_std),
+    ):
+        checks.check_tensor(op, name, tensor, torch.float32, (batch,))
+    if log_mass is not None:
+        shape = (batch, q.shape[1], page_table.shape[1])
+        checks.check_tensor(op, "log_mass", log_mass, torch.float32, shape)
+    checks.require(
+        sink_pages >= 0 and recent_pages >= 0,
+        f"{op}: sink_pages and recent_pages must be >= 0, got {sink_pages} and {recent_pages}",
+    )
+    checks.require(group_pages >= 1, f"{op}: group_pages must be >= 1, got {group_pages}")
+    return implementation(
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        seq_lens,
+        log_mass,
+        mode,
+        threshold,
+        kappa_floor,
+        kappa_std,
+        page_size=page_size,
+        sm_scale=sm_scale,
+        sink_pages=sink_pages,
+        recent_pages=recent_pages,
+        group_pages=group_pages,
+    )
+
+
+__all__ = ["COVERAGE", "DENSE", "MARGINAL", "NUM_STATS", "STAT_NAMES", "progressive_decode"]

@@ -1,0 +1,186 @@
+"""Progressive decode attention in plain torch: the specification."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from sgl_psa_kernels import checks
+from sgl_psa_kernels.merge_state.reference import merge_state
+from sgl_psa_kernels.progressive_decode.modes import COVERAGE, DENSE, MARGINAL, NUM_STATS
+
+INF = float("inf")
+
+
+@dataclass
+class HeadRow:
+    """One row and KV head: its queries, its keys and values by page, and what was attended."""
+
+    q: torch.Tensor  # [G, D], scaled by sm_scale
+    keys: list[torch.Tensor]  # per logical page [tokens, D]
+    values: list[torch.Tensor]
+    out: torch.Tensor = field(init=False)  # [G, D]
+    lse: torch.Tensor = field(init=False)  # [G], LP_h
+    attended: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.out = torch.zeros_like(self.q)
+        self.lse = torch.full_like(self.q[:, 0], -INF)
+
+    def attend(self, pages: list[int]) -> torch.Tensor:
+        """Attend pages exactly, merge them, and return their log masses L [G, len(pages)]."""
+        logits = [self.q @ self.keys[page].T for page in pages]
+        joint = torch.cat(logits, dim=1)
+        lse = torch.logsumexp(joint, dim=1)
+        weights = torch.exp(joint - lse.unsqueeze(1))
+        out = weights @ torch.cat([self.values[page] for page in pages])
+        self.out, self.lse = merge_state(self.out, self.lse, out, lse)
+        self.attended += pages
+        return torch.stack([torch.logsumexp(part, dim=1) for part in logits], dim=1)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The stop rule of one row."""
+
+    mode: int
+    threshold: float
+    kappa_floor: float
+    kappa_std: float
+
+
+def select_and_attend(
+    head: HeadRow,
+    log_mass: torch.Tensor,
+    rule: Rule,
+    sink_pages: int,
+    recent_pages: int,
+    group_pages: int,
+) -> list[float]:
+    """The progressive loop for log_mass [G, n]; returns the statistics."""
+    n = log_mass.shape[1]
+    # A page whose estimate is +inf or NaN in any head has no usable estimate.
+    stale = (~(log_mass < INF)).any(0).tolist()
+    forced = [
+        page
+        for page in range(n)
+        if page < sink_pages or page >= n - max(recent_pages, 1) or stale[page]
+    ]
+    head.attend(forced)
+    remaining = [page for page in range(n) if page not in set(forced)]
+    scored = len(remaining)
+
+    rounds = 0
+    kappa = torch.zeros_like(head.lse)
+    if remaining:
+        log_total = torch.logaddexp(head.lse, torch.logsumexp(log_mass[:, remaining], dim=1))
+        key = (log_mass - log_total.unsqueeze(1)).amax(0).tolist()
+        remaining.sort(key=lambda page: (-key[page], page))
+    while remaining:
+        if rule.mode == MARGINAL:
+            worth = (log_mass > (head.lse + rule.threshold).unsqueeze(1)).any(0)
+            group = [page for page in remaining if worth[page]][:group_pages]
+            if not group:
+                break
+            head.attend(group)
+        else:
+            left = torch.logsumexp(log_mass[:, remaining], dim=1)
+            if bool((left + kappa <= head.lse + rule.threshold).all()):
+                break
+            group = remaining[:group_pages]
+            residual = head.attend(group) - log_mass[:, group]
+            kappa = residual.mean(1) + rule.kappa_std * residual.std(1, correction=0)
+            kappa = kappa.clamp(min=rule.kappa_floor)
+        rounds += 1
+        remaining = [page for page in remaining if page not in set(group)]
+
+    coverage = 1.0
+    if remaining:
+        left = torch.logsumexp(log_mass[:, remaining], dim=1) + kappa
+        coverage = float(torch.sigmoid(head.lse - left).min())
+    tokens = sum(len(head.keys[page]) for page in head.attended)
+    return [len(head.attended), tokens, scored, rounds, coverage, sum(stale)]
+
+
+def progressive_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    log_mass: torch.Tensor | None,
+    mode: torch.Tensor,
+    threshold: torch.Tensor,
+    kappa_floor: torch.Tensor,
+    kappa_std: torch.Tensor,
+    *,
+    page_size: int,
+    sm_scale: float,
+    sink_pages: int,
+    recent_pages: int,
+    group_pages: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See :func:`sgl_psa_kernels.progressive_decode.progressive_decode`.
+
+    Float64 queries and caches compute in float64 and return a float64 lse.
+    """
+    op = "progressive_decode"
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, num_qo_heads, _ = q.shape
+    num_kv_heads = k_cache.shape[1]
+    num_pages = k_cache.shape[0] // page_size
+    group = num_qo_heads // num_kv_heads
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = torch.full((batch, num_qo_heads), -INF, dtype=work)
+    stats = torch.zeros(batch, num_kv_heads, NUM_STATS)
+    for b in range(batch):
+        seq_len = int(seq_lens[b])
+        n = checks.check_row_length(op, b, seq_len, page_table.shape[1], page_size)
+        rule = Rule(int(mode[b]), *(float(t[b]) for t in (threshold, kappa_floor, kappa_std)))
+        checks.require(
+            rule.mode in (DENSE, MARGINAL, COVERAGE),
+            f"{op}: mode[{b}] must be 0 (dense), 1 (marginal) or 2 (coverage), got {rule.mode}",
+        )
+        checks.require(not math.isnan(rule.threshold), f"{op}: threshold[{b}] is not a number")
+        checks.require(
+            rule.mode == DENSE or log_mass is not None,
+            f"{op}: row {b} has mode {rule.mode} and needs log_mass; score the pages first",
+        )
+        if n == 0:
+            continue
+        pages = page_table[b, :n].tolist()
+        checks.require(
+            all(0 <= page < num_pages for page in pages),
+            f"{op}: page_table[{b}] names pages outside of the pool of {num_pages} pages",
+        )
+        for h in range(num_kv_heads):
+            heads = slice(h * group, (h + 1) * group)
+            head = HeadRow(
+                q[b, heads].to(work) * sm_scale,
+                page_rows(k_cache[:, h], pages, seq_len, page_size, work),
+                page_rows(v_cache[:, h], pages, seq_len, page_size, work),
+            )
+            if rule.mode == DENSE or log_mass is None:
+                head.attend(list(range(n)))
+                row_stats = [float(n), float(seq_len), 0.0, 0.0, 1.0, 0.0]
+            else:
+                estimates = log_mass[b, heads, :n].to(work)
+                row_stats = select_and_attend(
+                    head, estimates, rule, sink_pages, recent_pages, group_pages
+                )
+            out[b, heads] = head.out.to(q.dtype)
+            lse[b, heads] = head.lse
+            stats[b, h] = torch.tensor(row_stats, dtype=torch.float32)
+    return out, lse, stats
+
+
+def page_rows(
+    rows: torch.Tensor, pages: list[int], seq_len: int, page_size: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Split rows [slots, D] by logical page; the last page holds only the tokens in use."""
+    parts = []
+    for j, page in enumerate(pages):
+        tokens = min(page_size, seq_len - j * page_size)
+        first = page * page_size
+        parts.append(rows[first : first + tokens].to(dtype))
+    return parts
