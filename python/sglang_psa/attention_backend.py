@@ -1,0 +1,209 @@
+"""The psa attention backend: dense prefill, progressive sparse decode.
+
+Prefill attends everything: the cached prefix and the new chunk are two exact parts. Decode reads
+the pages that :class:`sgl_psa.wrapper.PSADecodeWrapper` selects. K is written through the pool
+before attention, so the summaries are up to date when pages are scored.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+
+from sgl_psa.rule import RequestRule
+from sgl_psa.rule_table import RuleTable
+from sgl_psa.stats import StepStats
+from sgl_psa.wrapper import PSADecodeWrapper
+from sglang_psa import hooks, layers, prefill, state
+from sglang_psa.compat import AttentionBackend, KVWriteLoc
+from sglang_psa.kv_pool import PSAKVPool
+from sglang_psa.server_args import psa_config
+
+logger = logging.getLogger(__name__)
+
+
+class Chunk(NamedTuple):
+    """One request's part of a prefill batch: rows ``start:stop`` of the batch's tokens."""
+
+    start: int
+    stop: int
+    prefix_len: int
+    pages: torch.Tensor | None
+
+
+class PSAAttentionBackend(AttentionBackend):
+    """See the module; built once a tensor-parallel rank.
+
+    Attributes:
+        config: the server's settings.
+        rules: rule of each slot of the request pool.
+        wrapper: the decode loop; ``wrapper.stats`` are the totals since start.
+        last_step: statistics of the newest finished decode step, rows in batch order.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        """
+        Raises:
+            HookNotApplied: SGLang did not take one of the hooks that psa relies on.
+            UnsupportedLayer: the model has attention that psa cannot run.
+        """
+        super().__init__()
+        hooks.verify()
+        if not isinstance(runner.token_to_kv_pool, PSAKVPool):
+            raise hooks.HookNotApplied(
+                f"the KV pool is {type(runner.token_to_kv_pool).__name__}, not PSAKVPool"
+            )
+        layers.check(runner.model)
+        self.pool = runner.token_to_kv_pool
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.config = psa_config(runner.server_args)
+        self.rules = RuleTable(self.config, self.req_to_token.shape[0], self.pool.device)
+        self.wrapper = PSADecodeWrapper(
+            self.config,
+            self.pool.scorer,
+            backend=self.pool.kernel_backend,
+            kv_element_bytes=self.pool.store_dtype.itemsize,
+        )
+        self.last_step: StepStats | None = None
+        self._prefill = prefill.choose(self.config, self.pool.device)
+        self._chunks: list[Chunk] = []
+        self._layers_left = 0
+        self._announced = False
+        state.set_backend(self)
+        logger.info(
+            "psa backend ready: kernels=%s page_size=%d %s",
+            self.pool.kernel_backend,
+            self.pool.page_size,
+            self.config.as_dict(),
+        )
+
+    def parse_rule(self, params: dict[str, Any] | None) -> RequestRule:
+        """The rule a request asks for; raises ``ConfigError`` for one that cannot be used."""
+        return RequestRule.parse(params, self.config)
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Plan the step: page tables and rules for decode, prefix pages for prefill."""
+        mode = forward_batch.forward_mode
+        if mode.is_decode():
+            slots = forward_batch.req_pool_indices
+            self.wrapper.plan(
+                self.req_to_token, slots, forward_batch.seq_lens, self.rules.rows(slots)
+            )
+            self._layers_left = self.pool.layer_num
+        elif not mode.is_idle():
+            self._chunks = self._plan_chunks(forward_batch)
+
+    def _plan_chunks(self, forward_batch: Any) -> list[Chunk]:
+        size, start, chunks = self.pool.page_size, 0, []
+        for slot, prefix_len, new in zip(
+            forward_batch.req_pool_indices.tolist(),
+            _host_list(forward_batch.extend_prefix_lens_cpu),
+            _host_list(forward_batch.extend_seq_lens_cpu),
+            strict=True,
+        ):
+            first_slots = self.req_to_token[slot, :prefix_len:size]
+            pages = torch.div(first_slots, size, rounding_mode="floor") if prefix_len else None
+            chunks.append(Chunk(start, start + new, prefix_len, pages))
+            start += new
+        return chunks
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Dense causal attention of the new tokens, [tokens, Hq * D]."""
+        self._write(k, v, layer, forward_batch, save_kv_cache, kwargs)
+        q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+        k = k.view(-1, layer.tp_k_head_num, layer.head_dim)
+        v = v.view(-1, layer.tp_v_head_num, layer.head_dim)
+        k_cache, v_cache = self.pool.get_kv_buffer(layer.layer_id)
+        out = torch.empty_like(q)
+        used = 0
+        for chunk in self._chunks:
+            rows = slice(chunk.start, chunk.stop)
+            out[rows] = self._prefill(
+                q[rows],
+                self._prefix(k_cache, chunk),
+                self._prefix(v_cache, chunk),
+                k[rows],
+                v[rows],
+                layer.scaling,
+            )
+            used = chunk.stop
+        out[used:].zero_()
+        return out.view(-1, layer.tp_q_head_num * layer.head_dim)
+
+    def _prefix(self, cache: torch.Tensor, chunk: Chunk) -> torch.Tensor | None:
+        if chunk.pages is None:
+            return None
+        by_page = cache.view(-1, self.pool.page_size, *cache.shape[1:])
+        return by_page[chunk.pages].flatten(0, 1)[: chunk.prefix_len]
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Progressive sparse attention of one token a request, [B, Hq * D]."""
+        self._write(k, v, layer, forward_batch, save_kv_cache, kwargs)
+        q = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
+        k_cache, v_cache = self.pool.get_kv_buffer(layer.layer_id)
+        index = layer.layer_id - self.pool.start_layer
+        out, _ = self.wrapper.run(index, q, k_cache, v_cache, layer.scaling)
+        self._layers_left -= 1
+        if self._layers_left == 0:
+            self._finish_step()
+        return out.view(-1, layer.tp_q_head_num * layer.head_dim)
+
+    def _write(
+        self,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool,
+        extras: dict[str, Any],
+    ) -> None:
+        given = [name for name, value in extras.items() if value is not None]
+        if given or k is None or v is None:
+            what = ", ".join(given) or "layers that share another layer's KV"
+            raise layers.UnsupportedLayer(f"layer {layer.layer_id}: psa does not support {what}")
+        if save_kv_cache:
+            loc = KVWriteLoc(forward_batch.out_cache_loc, None)
+            self.pool.set_kv_buffer(layer, loc, k, v)
+
+    def _finish_step(self) -> None:
+        self.last_step = self.wrapper.finish()
+        if not self._announced and self.wrapper.stats.sparse_rows:
+            self._announced = True
+            total = self.wrapper.stats.total()
+            logger.info(
+                "PSA decoded %d tokens, read %.1f %% of the KV bytes that dense attention reads "
+                "(%d of %d pages)",
+                self.wrapper.stats.sparse_rows,
+                100.0 * total.bytes_read / max(total.bytes_dense, 1),
+                total.pages_attended,
+                total.pages_total,
+            )
+
+    def support_triton(self) -> bool:
+        """Whether SGLang may use its Triton helpers around this backend."""
+        return torch.device(self.pool.device).type != "cpu"
+
+
+def _host_list(values: Any) -> list[int]:
+    return values.tolist() if isinstance(values, torch.Tensor) else list(values)

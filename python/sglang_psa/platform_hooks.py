@@ -1,0 +1,65 @@
+"""Hooks for machines without an accelerator: SGLang assumes Triton, NCCL and pinned memory there.
+
+They are registered only when this package's CPU platform is the active one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang_psa import compat, defaults
+from sglang_psa.hooks import Hook, Kind
+
+#: Capacity of the KV pool in tokens when the user limits neither tokens nor memory.
+DEFAULT_MAX_TOKENS = 1 << 20
+
+
+def support_triton(original: Callable[..., bool], backend: str) -> bool:
+    """No backend has Triton here; SGLang decides by name and does not know ours."""
+    return False if backend == "psa" else original(backend)
+
+
+def init_model_parallel_group(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Tensor parallelism over gloo alone."""
+    kwargs["use_pynccl"] = False
+    kwargs["use_custom_allreduce"] = False
+    return original(*args, **kwargs)
+
+
+def allocate_token_bitmask(vocab_size: int, batch_size: int) -> Any:
+    """The grammar bitmask in ordinary memory: pinning needs CUDA and would end the scheduler."""
+    import torch
+
+    shape = compat.get_bitmask_shape(batch_size, vocab_size)
+    return torch.full(shape, -1, dtype=torch.int32)
+
+
+def limit_tokens(tokens: int, configurator: Any, token_capacity: int) -> int | None:
+    """Bound the page lists of small models, whose KV would fit in RAM by the ten million."""
+    if configurator.server_args.max_total_tokens is not None:
+        return None
+    page = configurator.server_args.page_size
+    return min(tokens, DEFAULT_MAX_TOKENS // page * page)
+
+
+HOOKS = (
+    (
+        Hook("no Triton on CPU", compat.SUPPORT_TRITON, support_triton, Kind.AROUND, "any"),
+        Hook(
+            "gloo process groups",
+            compat.INIT_MODEL_PARALLEL_GROUP,
+            init_model_parallel_group,
+            Kind.AROUND,
+        ),
+        Hook(
+            "unpinned grammar bitmask",
+            compat.ALLOCATE_TOKEN_BITMASK,
+            allocate_token_bitmask,
+            Kind.REPLACE,
+        ),
+        Hook("default KV capacity", compat.APPLY_TOKEN_CONSTRAINTS, limit_tokens, Kind.AFTER),
+    )
+    if defaults.on_psa_cpu_platform()
+    else ()
+)

@@ -1,0 +1,284 @@
+"""What psa cannot be combined with, in one table; checked before any weights are loaded.
+
+Each row: a name, a test, and what to change. The tests see SGLang's server arguments, and the
+model's configuration where the row is about the model. Arguments are checked twice, as given and
+as SGLang resolved them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+MIN_PAGE, MAX_PAGE = 8, 128
+#: Parts of architecture names of models with state-space or linear attention layers.
+RECURRENT_ARCHITECTURES = (
+    "Mamba",
+    "NemotronH",
+    "Jamba",
+    "FalconH1",
+    "KimiLinear",
+    "Qwen3Next",
+    "Qwen3_5",
+    "GraniteMoeHybrid",
+)
+#: Configuration fields of models with trained sparse attention.
+SPARSE_FIELDS = (
+    "index_topk",
+    "index_n_heads",
+    "sparse_attention_config",
+    "dual_chunk_attention_config",
+)
+
+
+class IllegalCombination(ValueError):
+    """The server was asked for something that psa does not support."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One row: ``applies(server_args)``, or ``applies(model_config)`` when ``model`` is set."""
+
+    name: str
+    applies: Callable[[Any], bool]
+    message: str
+    model: bool = False
+
+
+def _flag(name: str, field: str, why: str) -> Refusal:
+    """A row for a switch that must be off."""
+    option = "--" + field.replace("_", "-")
+    return Refusal(name, lambda a: bool(getattr(a, field)), f"{why}: drop {option}")
+
+
+def _env_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def _bad_page_size(args: Any) -> bool:
+    size = args.page_size
+    return size is not None and not (MIN_PAGE <= size <= MAX_PAGE and size & (size - 1) == 0)
+
+
+def _decode_graph_asked(args: Any) -> bool:
+    config = args.cuda_graph_config
+    if config is None:
+        return args.cuda_graph_backend_decode not in (None, "disabled")
+    decode = config.get("decode", {}) if isinstance(config, dict) else config.decode
+    chosen = decode.get("backend") if isinstance(decode, dict) else decode.backend
+    return str(getattr(chosen, "value", chosen) or "disabled").lower() != "disabled"
+
+
+def _prefill_only(args: Any) -> bool:
+    prefill = args.prefill_attention_backend or args.attention_backend
+    decode = args.decode_attention_backend or args.attention_backend
+    return prefill == "psa" and decode is not None and decode != "psa"
+
+
+def _attention_is_mla(config: Any) -> bool:
+    return getattr(config.attention_arch, "name", str(config.attention_arch)) == "MLA"
+
+
+def _windowed(config: Any) -> bool:
+    """Layers with a sliding or chunked window, by SGLang's judgement or by the model's layer list."""
+    if getattr(config, "is_hybrid_swa", False) or getattr(
+        config, "is_local_attention_model", False
+    ):
+        return True
+    text = config.hf_text_config
+    kinds = getattr(text, "layer_types", None) or ()
+    if kinds:
+        return any(kind in ("sliding_attention", "chunked_attention") for kind in kinds)
+    return bool(getattr(text, "sliding_window", None)) and bool(
+        getattr(text, "use_sliding_window", True)
+    )
+
+
+def _recurrent(config: Any) -> bool:
+    kinds = getattr(config.hf_text_config, "layer_types", None) or ()
+    return any("linear" in kind or "mamba" in kind for kind in kinds) or _arch(
+        config,
+        "Mamba",
+        "NemotronH",
+        "Jamba",
+        "FalconH1",
+        "KimiLinear",
+        "Qwen3Next",
+        "GraniteMoeHybrid",
+    )
+
+
+def _sparse_model(config: Any) -> bool:
+    text = config.hf_text_config
+    fields = (
+        "index_topk",
+        "sparse_attention_config",
+        "index_n_heads",
+        "dual_chunk_attention_config",
+    )
+    return any(getattr(text, name, None) for name in fields)
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "page size",
+        _bad_page_size,
+        f"--page-size must be a power of two from {MIN_PAGE} to {MAX_PAGE}: use 16, 32 or 64",
+    ),
+    Refusal(
+        "prefill only",
+        _prefill_only,
+        "psa is a decode method and prefill alone would gain nothing: "
+        "use --attention-backend psa or --decode-attention-backend psa",
+    ),
+    Refusal(
+        "speculative decoding",
+        lambda a: a.speculative_algorithm is not None,
+        "verification steps of speculative decoding are not supported: "
+        "drop --speculative-algorithm",
+    ),
+    Refusal(
+        "KV cache dtype",
+        lambda a: a.kv_cache_dtype not in (None, "auto", "bfloat16", "bf16"),
+        "quantised KV caches are not supported: use --kv-cache-dtype auto",
+    ),
+    Refusal(
+        "disaggregation",
+        lambda a: a.disaggregation_mode not in (None, "null"),
+        "KV that arrives from another server bypasses the page summaries: "
+        "drop --disaggregation-mode",
+    ),
+    Refusal(
+        "pipeline parallelism",
+        lambda a: a.pp_size > 1,
+        "pipeline stages are not supported: use --tp-size instead of --pp-size",
+    ),
+    Refusal(
+        "context parallelism",
+        lambda a: a.attn_cp_size > 1 or a.dcp_size > 1 or bool(a.enable_prefill_cp),
+        "a context split over ranks is not supported: drop --attn-cp-size, --dcp-size and "
+        "--enable-prefill-cp",
+    ),
+    Refusal(
+        "decode graph",
+        _decode_graph_asked,
+        "decode CUDA graphs are not supported yet: use --cuda-graph-backend-decode disabled",
+    ),
+    Refusal(
+        "HND layout",
+        lambda a: _env_on("SGLANG_USE_HND_KVCACHE"),
+        "KV must be laid out by token: unset SGLANG_USE_HND_KVCACHE",
+    ),
+    Refusal(
+        "unified radix tree",
+        lambda a: _env_on("SGLANG_ENABLE_UNIFIED_RADIX_TREE"),
+        "the unified radix tree is not supported: unset SGLANG_ENABLE_UNIFIED_RADIX_TREE",
+    ),
+    Refusal(
+        "KV sizing after capture",
+        lambda a: _env_on("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
+        "the KV pool must have its size from the start: unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+    ),
+    Refusal(
+        "diffusion language models",
+        lambda a: a.dllm_algorithm is not None,
+        "block diffusion decoding is not supported: drop --dllm-algorithm",
+    ),
+    _flag("mixed chunk", "enable_mixed_chunk", "decode rows of mixed batches would run dense"),
+    _flag("hierarchical cache", "enable_hierarchical_cache", "KV loads bypass the page summaries"),
+    _flag("LMCache", "enable_lmcache", "KV loads bypass the page summaries"),
+    _flag("FlexKV", "enable_flexkv", "KV loads bypass the page summaries"),
+    _flag("HiSparse", "enable_hisparse", "two sparse methods at once"),
+    _flag("DP attention", "enable_dp_attention", "padded batches across ranks are not supported"),
+    _flag("two-batch overlap", "enable_two_batch_overlap", "split batches are not supported"),
+    _flag("PD multiplexing", "enable_pdmux", "split streams are not supported"),
+    _flag("torch.compile", "enable_torch_compile", "the decode loop cannot be traced"),
+    _flag("memory saver", "enable_memory_saver", "page summaries cannot be released and restored"),
+    _flag("unified memory", "enable_unified_memory", "virtual KV slots are not supported"),
+    _flag("page-major KV", "enable_page_major_kv_layout", "KV must be laid out by layer and token"),
+    _flag("session radix cache", "enable_session_radix_cache", "its tree is not supported"),
+    _flag("KV-less prefill", "prefill_only_disable_kv_cache", "there is no decode to speed up"),
+    _flag("embedding server", "is_embedding", "an embedding model does not decode"),
+    _flag("encoder server", "encoder_only", "an encoder does not decode"),
+    _flag("multi-item scoring", "enable_mis", "its attention mask is not supported"),
+    _flag(
+        "deterministic inference",
+        "enable_deterministic_inference",
+        "SGLang knows no batch-invariant psa kernels",
+    ),
+    Refusal(
+        "KV canary",
+        lambda a: a.kv_canary not in (None, "none"),
+        "the KV canary does not know the psa pool: drop --kv-canary",
+    ),
+    Refusal(
+        "MLA model",
+        _attention_is_mla,
+        "this model has multi-head latent attention; psa needs ordinary KV heads (GQA or MHA): "
+        "serve it without --attention-backend psa",
+        model=True,
+    ),
+    Refusal(
+        "sliding-window model",
+        _windowed,
+        "this model has sliding-window or chunked attention layers: "
+        "serve it without --attention-backend psa",
+        model=True,
+    ),
+    Refusal(
+        "natively sparse model",
+        _sparse_model,
+        "this model brings its own sparse attention: serve it without --attention-backend psa",
+        model=True,
+    ),
+    Refusal(
+        "recurrent layers",
+        _recurrent,
+        "this model has recurrent or linear attention layers: "
+        "serve it without --attention-backend psa",
+        model=True,
+    ),
+    Refusal(
+        "encoder-decoder model",
+        lambda c: bool(c.is_encoder_decoder),
+        "this model has cross attention: serve it without --attention-backend psa",
+        model=True,
+    ),
+    Refusal(
+        "embedding model",
+        lambda c: not c.is_generation,
+        "this model does not generate text: serve it without --attention-backend psa",
+        model=True,
+    ),
+    Refusal(
+        "attention sinks",
+        lambda c: bool(getattr(c, "has_attention_sinks", False)),
+        "this model has learned attention sinks: serve it without --attention-backend psa",
+        model=True,
+    ),
+    Refusal(
+        "unequal K and V heads",
+        lambda c: c.head_dim != c.v_head_dim,
+        "key and value heads of this model differ in size: "
+        "serve it without --attention-backend psa",
+        model=True,
+    ),
+)
+
+
+def check(server_args: Any, model_config: Any = None) -> None:
+    """Refuse the first illegal combination.
+
+    Args:
+        server_args: SGLang's ``ServerArgs``.
+        model_config: SGLang's ``ModelConfig``; ``None`` skips the rows about the model.
+
+    Raises:
+        IllegalCombination: naming what is not supported and what to change.
+    """
+    for row in REFUSALS:
+        subject = model_config if row.model else server_args
+        if subject is not None and row.applies(subject):
+            raise IllegalCombination(f"psa and {row.name}: {row.message}")
