@@ -41,6 +41,20 @@ RELEASE_PAGES = "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocato
 CLEAR_PAGES = "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.clear"
 NEW_FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
 NEW_REQUEST = "sglang.srt.managers.schedule_batch.Req.__init__"
+GENERATE_REQUEST = "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request"
+CREATE_ABORT_TASK = "sglang.srt.managers.tokenizer_manager.TokenizerManager.create_abort_task"
+WAIT_ONE_RESPONSE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response"
+BUILD_CHAT_RESPONSE = (
+    "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._build_chat_response"
+)
+BUILD_COMPLETION_RESPONSE = (
+    "sglang.srt.entrypoints.openai.serving_completions."
+    "OpenAIServingCompletion._build_completion_response"
+)
+RUN_HTTP_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
+MODEL_FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
+INIT_METRICS_REPORTER = "sglang.srt.managers.scheduler.Scheduler.init_metrics_reporter"
+GET_INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
 
 #: Name -> where SGLang keeps it.
 IMPORTS = {
@@ -65,6 +79,7 @@ IMPORTS = {
     "get_bitmask_shape": "sglang.srt.constrained.xgrammar_backend:get_bitmask_shape",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
     "get_token_to_kv_pool": "sglang.srt.models.utils:get_token_to_kv_pool",
+    "http_app": "sglang.srt.entrypoints.http_server:app",
     "load_plugins": "sglang.srt.plugins:load_plugins",
     "register_attention_backend": (
         "sglang.srt.layers.attention.attention_registry:register_attention_backend"

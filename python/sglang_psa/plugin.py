@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from typing import Any
 
 from sglang_psa import state
 
@@ -19,6 +20,10 @@ FEATURES = (
     "pool_hooks",
     "backend_hooks",
     "radix",
+    "request_rules",
+    "meta_info",
+    "metrics",
+    "routes",
 )
 
 
@@ -54,10 +59,18 @@ def _refuse_psa(error: Exception) -> None:
     """Keep ``psa`` a known backend name whose choice fails with the reason."""
     from sglang_psa import compat
 
-    def refuse(result: object, server_args: object) -> None:
-        if "psa" in server_args.get_attention_backends():  # type: ignore[attr-defined]
-            raise RuntimeError(f"--attention-backend psa: {error}") from error
+    reason = f"--attention-backend psa: {error}"
+
+    def refuse_arguments(result: object, server_args: Any) -> None:
+        if "psa" in server_args.get_attention_backends():
+            raise RuntimeError(reason) from error
+
+    def refuse_backend(runner: object) -> None:
+        raise RuntimeError(reason) from error
 
     if "psa" not in compat.attention_backend_choices:
         compat.add_attention_backend_choices(["psa"])
-    compat.HookRegistry.register(compat.CHECK_SERVER_ARGS, refuse, compat.HookType.AFTER)
+    compat.register_attention_backend("psa")(refuse_backend)
+    compat.HookRegistry.register(
+        compat.CHECK_SERVER_ARGS, refuse_arguments, compat.HookType.AFTER
+    )

@@ -82,43 +82,27 @@ def _attention_is_mla(config: Any) -> bool:
 
 
 def _windowed(config: Any) -> bool:
-    """Layers with a sliding or chunked window, by SGLang's judgement or by the model's layer list."""
-    if getattr(config, "is_hybrid_swa", False) or getattr(
-        config, "is_local_attention_model", False
-    ):
+    """Layers with a sliding or chunked window, as SGLang or the model's layer list says."""
+    if config.is_hybrid_swa or config.is_local_attention_model:
         return True
     text = config.hf_text_config
     kinds = getattr(text, "layer_types", None) or ()
     if kinds:
         return any(kind in ("sliding_attention", "chunked_attention") for kind in kinds)
-    return bool(getattr(text, "sliding_window", None)) and bool(
-        getattr(text, "use_sliding_window", True)
-    )
+    used = getattr(text, "use_sliding_window", True)
+    return bool(getattr(text, "sliding_window", None)) and bool(used)
 
 
 def _recurrent(config: Any) -> bool:
     kinds = getattr(config.hf_text_config, "layer_types", None) or ()
-    return any("linear" in kind or "mamba" in kind for kind in kinds) or _arch(
-        config,
-        "Mamba",
-        "NemotronH",
-        "Jamba",
-        "FalconH1",
-        "KimiLinear",
-        "Qwen3Next",
-        "GraniteMoeHybrid",
+    names = " ".join(config.hf_config.architectures or ())
+    return any("linear" in kind or "mamba" in kind for kind in kinds) or any(
+        part in names for part in RECURRENT_ARCHITECTURES
     )
 
 
 def _sparse_model(config: Any) -> bool:
-    text = config.hf_text_config
-    fields = (
-        "index_topk",
-        "sparse_attention_config",
-        "index_n_heads",
-        "dual_chunk_attention_config",
-    )
-    return any(getattr(text, name, None) for name in fields)
+    return any(getattr(config.hf_text_config, name, None) for name in SPARSE_FIELDS)
 
 
 REFUSALS: tuple[Refusal, ...] = (
