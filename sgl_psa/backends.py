@@ -12,10 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_backend(asked: str, device: torch.device | str) -> str:
-    """The kernel backend for ``device``: ``"cpu"`` (C++) or ``"reference"`` (torch).
+    """The kernel backend for ``device``: ``"cpu"`` (C++), ``"torch"`` or ``"reference"``.
 
     Args:
-        asked: ``auto``, ``cpu`` or ``reference``.
+        asked: one of these, or ``auto``: C++ on CPUs, torch elsewhere.
         device: where the KV cache lives.
 
     Raises:
@@ -24,14 +24,18 @@ def resolve_backend(asked: str, device: torch.device | str) -> str:
     from sgl_psa_kernels._native import native_available
 
     on_cpu = torch.device(device).type == "cpu"
-    if asked == "reference" or (asked == "auto" and not on_cpu):
-        return "reference"
+    if asked == "reference" and not on_cpu:
+        raise ConfigError(f"backend=reference cannot serve KV on {device}: use auto or torch")
+    if asked in ("reference", "torch"):
+        return asked
     if not on_cpu:
-        raise ConfigError(f"backend=cpu cannot serve KV on {device}: use auto or reference")
+        if asked == "cpu":
+            raise ConfigError(f"backend=cpu cannot serve KV on {device}: use auto or torch")
+        return "torch"
     available, reason = native_available()
     if available:
         return "cpu"
     if asked == "cpu":
         raise ConfigError(f"backend=cpu cannot run: {reason}")
-    logger.warning("PSA decodes with the torch reference, correct but slow: %s", reason)
-    return "reference"
+    logger.warning("PSA decodes with torch instead of its C++ kernels, which is slower: %s", reason)
+    return "torch"

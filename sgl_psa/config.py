@@ -28,7 +28,7 @@ ENV_RESERVED = frozenset({"CACHE_DIR", "CPU_ISA", "ALLOW_UNTESTED_SGLANG"})
 PolicyName = Literal["psa", "dense"]
 StopName = Literal["marginal", "coverage"]
 ScorerName = Literal["sketch", "hybrid"]
-BackendName = Literal["auto", "cpu", "reference"]
+BackendName = Literal["auto", "cpu", "torch", "reference"]
 
 
 class ConfigError(ValueError):
@@ -44,28 +44,37 @@ class PSAConfig:
     """
 
     policy: Annotated[
-        PolicyName, Meta(description="Which pages a decode step reads: psa, or all of them (dense).")
+        PolicyName,
+        Meta(description="Which pages a decode step reads: psa, or all of them (dense)."),
     ] = "psa"
     stop: Annotated[
         StopName,
         Meta(
-            description="When to stop reading: marginal (no remaining page holds more than DELTA of "
-            "the mass attended) or coverage (COVERAGE of the attention mass is attended)."
+            description="When to stop reading: marginal (no remaining page holds more than DELTA "
+            "of the mass attended) or coverage (COVERAGE of the attention mass is attended)."
         ),
     ] = "marginal"
     coverage: Annotated[
         float,
-        Meta(gt=0, le=1, description="Attention mass to cover under --psa-stop coverage; 1 = dense."),
+        Meta(
+            gt=0, le=1, description="Attention mass to cover under --psa-stop coverage; 1 = dense."
+        ),
     ] = 0.95
     delta: Annotated[
         float,
-        Meta(ge=0, lt=1, description="Page mass that may be left unread, relative to the mass "
-             "attended, under --psa-stop marginal; 0 = dense."),
+        Meta(
+            ge=0,
+            lt=1,
+            description="Page mass that may be left unread, relative to the mass "
+            "attended, under --psa-stop marginal; 0 = dense.",
+        ),
     ] = 0.1
     scorer: Annotated[
         ScorerName,
-        Meta(description="How the mass of an unread page is estimated: sketch (low-bit keys) or "
-             "hybrid (page moments and cuboid-mean)."),
+        Meta(
+            description="How the mass of an unread page is estimated: sketch (low-bit keys) or "
+            "hybrid (page moments and cuboid-mean)."
+        ),
     ] = "sketch"
     sketch_bits: Annotated[
         Literal[1, 2, 4], Meta(description="Bits per key element of the sketch scorer: 1, 2 or 4.")
@@ -77,22 +86,35 @@ class PSAConfig:
         int, Meta(ge=0, le=1024, description="First pages of a request, always attended.")
     ] = 1
     recent_pages: Annotated[
-        int, Meta(ge=1, le=4096, description="Last pages of a request (the open one included), "
-                  "always attended.")
+        int,
+        Meta(
+            ge=1,
+            le=4096,
+            description="Last pages of a request (the open one included), always attended.",
+        ),
     ] = 2
     min_context: Annotated[
         int, Meta(ge=0, description="Requests shorter than this many tokens are decoded densely.")
     ] = 1024
     correction_std: Annotated[
-        float, Meta(ge=0, le=16, description="Standard deviations added to the residual correction "
-                    "of the coverage rule.")
+        float,
+        Meta(
+            ge=0,
+            le=16,
+            description="Standard deviations added to the residual correction "
+            "of the coverage rule.",
+        ),
     ] = 1.0
     conservative: Annotated[
-        bool, Meta(description="Coverage rule: never let the residual correction lower the "
-                   "estimate of what remains.")
+        bool,
+        Meta(
+            description="Coverage rule: never let the residual correction lower the "
+            "estimate of what remains."
+        ),
     ] = False
     backend: Annotated[
-        BackendName, Meta(description="Kernels: auto, cpu (C++) or reference (torch).")
+        BackendName,
+        Meta(description="Kernels: auto, cpu (C++), torch (any device) or reference (slow)."),
     ] = "auto"
 
     def __post_init__(self) -> None:
@@ -245,7 +267,7 @@ def _from_document(document: str | Mapping[str, Any] | None) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"--psa-config is not valid JSON: {error}") from None
     if not isinstance(loaded, dict):
-        raise ConfigError("--psa-config must be a JSON object such as {\"coverage\": 0.9}")
+        raise ConfigError('--psa-config must be a JSON object such as {"coverage": 0.9}')
     return loaded
 
 

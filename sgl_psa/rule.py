@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sgl_psa.config import ConfigError, PolicyName, PSAConfig, StopName, check_value, fields, unknown_key
+from sgl_psa.config import (
+    ConfigError,
+    PolicyName,
+    PSAConfig,
+    StopName,
+    check_value,
+    fields,
+    unknown_key,
+)
 
 #: Prefix of the keys in a request, e.g. ``psa_coverage``.
 REQUEST_PREFIX = "psa_"

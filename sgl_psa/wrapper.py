@@ -130,8 +130,6 @@ class PSADecodeWrapper:
             return None
         blank = torch.zeros_like(next(iter(columns.values())))
         stacked = torch.stack([columns.get(i, blank) for i in range(self.stats.num_layers)])
-        step = step_stats(
-            stacked, plan.batch.seq_lens, plan.sparse_rows, self.page_size, self.cost
-        )
+        step = step_stats(stacked, plan.batch.seq_lens, plan.sparse_rows, self.page_size, self.cost)
         self.stats.add(step)
         return step

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "torch", "cpu")
 
 F = TypeVar("F", bound=Callable[..., object])
 

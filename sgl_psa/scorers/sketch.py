@@ -17,7 +17,7 @@ _AFFINE_BYTES = 4  # scale and zero point, float16 each
 
 
 class SketchScorer(Scorer):
-    """Codes uint8 [L, pages, Hkv, P, D * bits / 8]; scale and zero float16 [L, pages, Hkv, P, 2]."""
+    """Codes uint8 [L, pages, Hkv, P, D * bits / 8]; affine (scale, zero) float16 [..., P, 2]."""
 
     name = "sketch"
 

@@ -6,7 +6,7 @@ from sgl_psa_kernels._native import native_available
 AVAILABLE, REASON = native_available()
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "torch", "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu" and not AVAILABLE:
         pytest.skip(f"C++ kernels cannot be built: {REASON}")

@@ -11,11 +11,11 @@ import torch
 
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
-from sgl_psa_kernels.key_sketch import cpu, reference
+from sgl_psa_kernels.key_sketch import cpu, reference, torch_batched
 from sgl_psa_kernels.key_sketch.packing import BITS, packed_bytes
 
-_WRITE = {"reference": reference.write, "cpu": cpu.write}
-_SCORE = {"reference": reference.score, "cpu": cpu.score}
+_WRITE = {"reference": reference.write, "torch": reference.write, "cpu": cpu.write}
+_SCORE = {"reference": reference.score, "torch": torch_batched.score, "cpu": cpu.score}
 
 
 def write(
@@ -41,7 +41,7 @@ def write(
         affine: float16 [num_pages, Hkv, page_size, 2] (scale, zero), written.
         bits: 1, 2 or 4 per key element.
         page_size: tokens per page.
-        backend: "reference" or "cpu".
+        backend: "reference", "torch" (any device) or "cpu" (C++).
 
     Raises:
         ValueError: unknown backend, bad shapes or dtypes, slots outside of the pool.
@@ -89,8 +89,9 @@ def score(
         bits: 1, 2 or 4 per key element.
         page_size: tokens per page.
         sm_scale: softmax scale, usually D ** -0.5.
-        backend: "reference" or "cpu". "cpu" rounds the query to 16 bits per element (relative to
-            the head's largest element), far below the error of the sketch itself.
+        backend: "reference", "torch" (any device) or "cpu" (C++). "cpu" rounds the query to 16
+            bits per element (relative to the head's largest element), far below the error of the
+            sketch itself.
 
     Returns:
         float32 [B, Hq, max_pages]; +inf where the watermark is below the page's tokens or the

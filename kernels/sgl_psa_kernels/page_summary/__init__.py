@@ -9,13 +9,13 @@ import torch
 
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
-from sgl_psa_kernels.page_summary import cpu, reference
+from sgl_psa_kernels.page_summary import cpu, reference, torch_batched
 
 VECTORS = 4
 """Vectors of a summary: mean, variance (population), box centre, radius (mean |k - centre|)."""
 
-_UPDATE = {"reference": reference.update, "cpu": cpu.update}
-_SCORE = {"reference": reference.score, "cpu": cpu.score}
+_UPDATE = {"reference": reference.update, "torch": torch_batched.update, "cpu": cpu.update}
+_SCORE = {"reference": reference.score, "torch": torch_batched.score, "cpu": cpu.score}
 
 
 def update(
@@ -37,7 +37,7 @@ def update(
         fill: int32 [M], 1 .. page_size tokens.
         summary: bfloat16 [num_pages, Hkv, 4, D], written: mean, variance, centre, radius.
         page_size: tokens per page.
-        backend: "reference" or "cpu".
+        backend: "reference", "torch" (any device) or "cpu" (C++).
 
     Raises:
         ValueError: unknown backend, bad shapes or dtypes, pages outside of the pool, fill not in
@@ -82,7 +82,7 @@ def score(
         active: uint8 [B]; rows with 0 are skipped, their result is unspecified.
         page_size: tokens per page.
         sm_scale: softmax scale, usually D ** -0.5.
-        backend: "reference" or "cpu".
+        backend: "reference", "torch" (any device) or "cpu" (C++).
 
     Returns:
         float32 [B, Hq, max_pages]; +inf where the watermark is below the page's tokens or the

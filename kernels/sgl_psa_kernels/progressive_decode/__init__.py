@@ -9,7 +9,7 @@ import torch
 
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
-from sgl_psa_kernels.progressive_decode import cpu, reference
+from sgl_psa_kernels.progressive_decode import cpu, reference, torch_batched
 from sgl_psa_kernels.progressive_decode.modes import (
     COVERAGE,
     DENSE,
@@ -20,6 +20,7 @@ from sgl_psa_kernels.progressive_decode.modes import (
 
 _IMPLEMENTATIONS = {
     "reference": reference.progressive_decode,
+    "torch": torch_batched.progressive_decode,
     "cpu": cpu.progressive_decode,
 }
 
@@ -67,7 +68,7 @@ def progressive_decode(
         sm_scale: softmax scale, usually D ** -0.5.
         sink_pages, recent_pages: first and last pages that are always attended, >= 0.
         group_pages: pages per round, >= 1.
-        backend: "reference" or "cpu".
+        backend: "reference", "torch" (any device) or "cpu" (C++).
 
     Returns:
         out [B, Hq, D] in the dtype of q; lse float32 [B, Hq], natural log, of what was attended;

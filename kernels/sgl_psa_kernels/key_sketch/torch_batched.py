@@ -1,0 +1,44 @@
+"""Sketch scoring for any torch device, all rows at once; writing is the reference's, vectorised."""
+
+from __future__ import annotations
+
+import torch
+
+from sgl_psa_kernels.key_sketch.packing import unpack
+
+#: Pages unpacked at once; bounds the memory of the unpacked keys.
+CHUNK = 128
+
+
+def score(
+    q: torch.Tensor,
+    codes: torch.Tensor,
+    affine: torch.Tensor,
+    watermark: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    active: torch.Tensor,
+    *,
+    bits: int,
+    page_size: int,
+    sm_scale: float,
+) -> torch.Tensor:
+    """See :func:`sgl_psa_kernels.key_sketch.score`."""
+    x = (q.float() * sm_scale).unflatten(1, (codes.shape[1], -1))
+    place = torch.arange(page_table.shape[1], device=q.device)
+    tokens = (seq_lens.long()[:, None] - place * page_size).clamp(0, page_size)
+    table = torch.where(tokens > 0, page_table.long(), 0)
+    parts = []
+    for start in range(0, page_table.shape[1], CHUNK):
+        pages = table[:, start : start + CHUNK]
+        used = tokens[:, start : start + CHUNK]
+        scale, zero = affine[pages].float().unbind(-1)  # [B, K, Hkv, P]
+        dots = torch.einsum("bhgd,bkhpd->bhgkp", x, unpack(codes[pages], bits).float())
+        shift = x.sum(-1)[..., None, None] * zero.movedim(1, 2)[:, :, None]
+        logits = dots * scale.movedim(1, 2)[:, :, None] + shift
+        live = torch.arange(page_size, device=q.device) < used[..., None]
+        logits = logits.masked_fill(~live[:, None, None], float("-inf"))
+        estimate = torch.logsumexp(logits, -1)
+        stale = (watermark[pages] < used)[:, None, None]
+        parts.append(estimate.masked_fill(stale | ~(estimate < float("inf")), float("inf")))
+    return torch.cat(parts, -1).flatten(1, 2)
