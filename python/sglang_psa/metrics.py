@@ -1,0 +1,106 @@
+"""Prometheus series ``sglang:psa_*`` of the scheduler process, with SGLang's own labels.
+
+SGLang runs Prometheus in multiprocess mode: a series made in any of its processes appears at
+``/metrics`` of the server. Like SGLang's own, ours come from tensor-parallel rank 0 only, unless
+``--enable-metrics-for-all-schedulers`` is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sgl_psa.stats import ReadCounts, StepStats
+from sglang_psa import compat
+from sglang_psa.hooks import Hook, Kind
+from sglang_psa.server_args import uses_psa
+
+PREFIX = "sglang:psa_"
+#: Series -> what it counts; ``prometheus_client`` appends ``_total``.
+COUNTERS = {
+    "decode_steps": "Decode steps.",
+    "sparse_rows": "Rows of decode batches that did not read everything: one a request and step.",
+    "pages_attended": "Pages read by decode, summed over layers and KV heads.",
+    "pages": "Pages that dense decode would have read.",
+    "bytes_read": "Bytes read by decode, page summaries and sketches included.",
+    "bytes_dense": "Bytes that dense decode would have read.",
+    "stale_pages": "Pages read only because their summary was out of date.",
+}
+_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+#: Series -> what it shows, and its buckets; one observation a decode step.
+HISTOGRAMS = {
+    "bytes_fraction": ("Bytes read by a decode step, relative to dense.", _FRACTIONS),
+    "coverage": (
+        "Estimated attention mass covered, mean of a decode step.",
+        (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0),
+    ),
+    "rounds": (
+        "Rounds of pages after the first, mean of a decode step.",
+        (0, 0.5, 1, 2, 4, 8, 16, 32, 64, 128),
+    ),
+}
+
+
+class StepMetrics:
+    """The series of one scheduler."""
+
+    def __init__(self, labels: Mapping[str, Any], registry: Any = None) -> None:
+        """
+        Args:
+            labels: label names and values, the same as of SGLang's series.
+            registry: a ``prometheus_client`` registry; ``None`` means the default one.
+        """
+        # SGLang sets PROMETHEUS_MULTIPROC_DIR at start-up; the client reads it when imported.
+        from prometheus_client import REGISTRY, Counter, Histogram
+
+        names, where = list(labels), registry or REGISTRY
+        self._counters = {
+            name: Counter(PREFIX + name, text, names, registry=where).labels(**labels)
+            for name, text in COUNTERS.items()
+        }
+        self._histograms = {
+            name: Histogram(PREFIX + name, text, names, buckets=buckets, registry=where).labels(
+                **labels
+            )
+            for name, (text, buckets) in HISTOGRAMS.items()
+        }
+
+    def observe(self, step: StepStats) -> None:
+        """Account one decode step."""
+        sums = ReadCounts(*step.table.sum((0, 1)).tolist())
+        if not sums.visits:
+            return
+        amounts = {
+            "decode_steps": 1,
+            "sparse_rows": step.sparse_rows,
+            "pages_attended": sums.pages_attended,
+            "pages": sums.pages_total,
+            "bytes_read": sums.bytes_read,
+            "bytes_dense": sums.bytes_dense,
+            "stale_pages": sums.stale_pages,
+        }
+        for name, amount in amounts.items():
+            self._counters[name].inc(amount)
+        self._histograms["bytes_fraction"].observe(sums.bytes_read / sums.bytes_dense)
+        self._histograms["coverage"].observe(sums.coverage / sums.visits)
+        self._histograms["rounds"].observe(sums.rounds / sums.visits)
+
+
+_metrics: StepMetrics | None = None
+
+
+def observe(step: StepStats) -> None:
+    """Account one decode step, if this process reports metrics."""
+    if _metrics is not None:
+        _metrics.observe(step)
+
+
+def start(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Make the series where SGLang makes its own."""
+    global _metrics
+    reporter = scheduler.metrics_reporter
+    if uses_psa(scheduler.server_args) and reporter.current_scheduler_metrics_enabled:
+        _metrics = StepMetrics(scheduler.metrics_collector.labels)
+
+
+HOOKS = (Hook("metrics", compat.INIT_METRICS_REPORTER, start, Kind.AFTER),)

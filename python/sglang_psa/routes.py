@@ -1,0 +1,107 @@
+"""``GET /psa/stats``: what the server read since it started, and how it is set.
+
+The schedulers add their part to SGLang's internal state, which ``/server_info`` shows too. A
+data-parallel server has one part a rank; the route sums them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from sgl_psa.stats import ReadCounts
+from sglang_psa import compat, state
+from sglang_psa.hooks import Hook, Kind
+from sglang_psa.server_args import uses_psa
+
+ROUTE = "/psa/stats"
+KEY = "psa"
+#: Fields of the statistics that are the same in every rank.
+COMMON = ("config", "backend", "isa", "page_size", "tp_size", "scope")
+
+
+def describe(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Add the rank's statistics to SGLang's internal state, under ``psa``."""
+    backend = state.get_backend()
+    if backend is None:
+        return
+    ranks = scheduler.ps
+    result.internal_state[KEY] = {
+        **backend.wrapper.stats.as_dict(),
+        "config": backend.config.as_dict(),
+        "backend": backend.wrapper.backend,
+        "isa": _isa(backend.wrapper.backend),
+        "page_size": backend.wrapper.page_size,
+        "dp_rank": ranks.dp_rank or 0,
+        "tp_rank": ranks.tp_rank,
+        "tp_size": ranks.tp_size,
+        "scope": f"KV heads of tensor-parallel rank {ranks.tp_rank} of {ranks.tp_size}",
+    }
+
+
+def _isa(backend: str) -> str | None:
+    """Instruction set of the C++ kernels in use; ``None`` where they are not."""
+    if backend != "cpu":
+        return None
+    from sgl_psa_kernels import _native
+
+    return str(_native.isa())
+
+
+def merge(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The JSON of the route, from the parts of the data-parallel ranks.
+
+    Counts and bytes are sums over ranks, fractions and means follow from them. ``layers`` has one
+    entry a layer; ``ranks`` has the parts without their layers.
+    """
+    layers = [
+        _sum([rank["layers"][i] for rank in ranks]).as_dict()
+        for i in range(len(ranks[0]["layers"]))
+    ]
+    return {
+        "active": any(rank["active"] for rank in ranks),
+        "decode_steps": sum(rank["decode_steps"] for rank in ranks),
+        "sparse_rows": sum(rank["sparse_rows"] for rank in ranks),
+        **_sum(ranks).as_dict(),
+        **{name: ranks[0][name] for name in COMMON},
+        "layers": layers,
+        "ranks": [
+            {k: v for k, v in rank.items() if k != "layers" and k not in COMMON} for rank in ranks
+        ],
+    }
+
+
+def _sum(parts: Sequence[dict[str, Any]]) -> ReadCounts:
+    """The counts behind ``ReadCounts.as_dict`` of several parts, added up."""
+    total = ReadCounts()
+    for part in parts:
+        sums = {
+            **part,
+            "rounds": part["mean_rounds"] * part["visits"],
+            "coverage": part["mean_coverage"] * part["visits"],
+        }
+        total.add(ReadCounts(**{f.name: sums[f.name] for f in fields(ReadCounts)}))
+    return total
+
+
+def add_route(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
+    """Add the route to SGLang's application, in a server that uses psa."""
+    if not uses_psa(server_args):
+        return
+    from fastapi import APIRouter
+
+    router = APIRouter()
+
+    @router.get(ROUTE)
+    async def psa_stats() -> dict[str, Any]:
+        states = await tokenizer_manager.get_internal_state()
+        return merge([one[KEY] for one in states])
+
+    compat.http_app.include_router(router)
+
+
+HOOKS = (
+    Hook("internal state", compat.GET_INTERNAL_STATE, describe, Kind.AFTER),
+    Hook("statistics route", compat.RUN_HTTP_SERVER, add_route, Kind.BEFORE, "main"),
+)

@@ -1,0 +1,53 @@
+"""Prometheus series: names, labels and amounts."""
+
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+from sglang_psa.metrics import StepMetrics
+
+from sgl_psa.stats import NUM_COLUMNS, ByteCost, step_stats
+
+LABELS = {"model_name": "m", "tp_rank": 0}
+TEXT = {"model_name": "m", "tp_rank": "0"}
+
+
+def observed(registry: CollectorRegistry, name: str, **extra: str) -> Any:
+    return registry.get_sample_value(f"sglang:psa_{name}", {**TEXT, **extra})
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    """One row of 10 pages, of which 4 are read; 2 layers, 1 head; then a step of padding only."""
+    registry = CollectorRegistry()
+    metrics = StepMetrics(LABELS, registry)
+    columns = torch.zeros(2, 1, 1, NUM_COLUMNS)
+    columns[:] = torch.tensor([4.0, 64.0, 0.0, 3.0, 0.875, 1.0])
+    cost = ByteCost(token=8, scored_page=0)
+    for length in (160, 0):
+        lens = torch.tensor([length], dtype=torch.int32)
+        metrics.observe(step_stats(columns, lens, 1, 16, cost))
+    return registry
+
+
+def test_counters(registry: CollectorRegistry) -> None:
+    expected = {
+        "decode_steps": 1,
+        "sparse_rows": 1,
+        "pages_attended": 8,
+        "pages": 20,
+        "bytes_read": 2 * 64 * 8,
+        "bytes_dense": 2 * 160 * 8,
+        "stale_pages": 2,
+    }
+    assert {name: observed(registry, f"{name}_total") for name in expected} == expected
+
+
+def test_histograms(registry: CollectorRegistry) -> None:
+    assert observed(registry, "bytes_fraction_count") == 1
+    assert observed(registry, "bytes_fraction_sum") == pytest.approx(0.4)
+    assert observed(registry, "coverage_sum") == pytest.approx(0.875)
+    assert observed(registry, "rounds_sum") == pytest.approx(3.0)
+    assert observed(registry, "rounds_bucket", le="2.0") == 0
+    assert observed(registry, "rounds_bucket", le="4.0") == 1

@@ -1,0 +1,100 @@
+"""``GET /psa/stats``: one rank, several ranks, no traffic."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang_psa import routes, state
+
+from sgl_psa.config import PSAConfig
+from sgl_psa.stats import NUM_COLUMNS, ByteCost, PSAStats, step_stats
+
+LAYERS, PAGE = 2, 16
+
+
+def stats_of(pages: list[int], rounds: float = 1.0) -> PSAStats:
+    """Decode steps of one row of 10 pages that read so many of them; 2 heads."""
+    stats = PSAStats(LAYERS)
+    for n in pages:
+        columns = torch.zeros(LAYERS, 1, 2, NUM_COLUMNS)
+        columns[:] = torch.tensor([n, n * PAGE, 0, rounds, 0.5, 0])
+        lens = torch.tensor([160], dtype=torch.int32)
+        stats.add(step_stats(columns, lens, int(n < 10), PAGE, ByteCost(8, 0)))
+    return stats
+
+
+def part(monkeypatch: pytest.MonkeyPatch, stats: PSAStats, dp_rank: int | None) -> dict[str, Any]:
+    """The internal state that a scheduler with these statistics reports."""
+    wrapper = SimpleNamespace(stats=stats, backend="reference", page_size=PAGE)
+    backend = SimpleNamespace(wrapper=wrapper, config=PSAConfig())
+    monkeypatch.setattr(state, "get_backend", lambda: backend)
+    result = SimpleNamespace(internal_state={"other": 1})
+    scheduler = SimpleNamespace(ps=SimpleNamespace(dp_rank=dp_rank, tp_rank=0, tp_size=2))
+    routes.describe(result, scheduler)
+    assert result.internal_state["other"] == 1
+    return result.internal_state["psa"]  # type: ignore[return-value]
+
+
+def test_no_traffic_is_not_active(monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = routes.merge([part(monkeypatch, PSAStats(LAYERS), None)])
+    assert merged["active"] is False
+    assert merged["pages_attended"] == merged["bytes_read"] == merged["decode_steps"] == 0
+    assert len(merged["layers"]) == LAYERS
+
+
+def test_dense_steps_are_not_active(monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = routes.merge([part(monkeypatch, stats_of([10]), None)])
+    assert merged["active"] is False
+    assert merged["pages_fraction"] == 1.0
+
+
+def test_one_rank_is_reported_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = stats_of([4, 6], rounds=3.0)
+    rank = part(monkeypatch, stats, None)
+    merged = routes.merge([rank])
+    assert merged["active"] is True
+    for key, value in stats.as_dict().items():
+        assert merged[key] == pytest.approx(value) if key != "layers" else True
+    assert merged["layers"] == rank["layers"]
+    assert merged["config"] == PSAConfig().as_dict()
+    assert merged["backend"] == "reference"
+    assert merged["isa"] is None
+    assert "rank 0 of 2" in merged["scope"]
+    assert [r["dp_rank"] for r in merged["ranks"]] == [0]
+
+
+def test_data_parallel_ranks_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [
+        part(monkeypatch, stats_of([2], rounds=1.0), 0),
+        part(monkeypatch, stats_of([10, 6, 6], rounds=5.0), 1),
+    ]
+    merged = routes.merge(ranks)
+    assert merged["decode_steps"] == 4
+    assert merged["pages_attended"] == 24 * LAYERS * 2
+    assert merged["pages_fraction"] == pytest.approx(24 / 40)
+    assert merged["mean_rounds"] == pytest.approx((1 + 3 * 5) / 4)
+    assert merged["layers"][0]["pages_attended"] == 24 * 2
+    assert [r["pages_fraction"] for r in merged["ranks"]] == pytest.approx([0.2, 22 / 30])
+    assert all("layers" not in r and "config" not in r for r in merged["ranks"])
+
+
+def test_other_backends_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "get_backend", lambda: None)
+    result = SimpleNamespace(internal_state={})
+    routes.describe(result, SimpleNamespace())
+    assert result.internal_state == {}
+
+
+def test_a_dense_server_has_no_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = []
+    app = SimpleNamespace(include_router=added.append)
+    monkeypatch.setattr(routes.compat, "http_app", app, raising=False)
+    args = SimpleNamespace(
+        attention_backend="triton", prefill_attention_backend=None, decode_attention_backend=None
+    )
+    routes.add_route(args, None)
+    assert added == []
+    args.decode_attention_backend = "psa"
+    routes.add_route(args, None)
+    assert [route.path for route in added[0].routes] == ["/psa/stats"]
