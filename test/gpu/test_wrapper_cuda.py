@@ -1,0 +1,54 @@
+"""The wrapper on a CUDA device against dense attention in float64.
+
+    python -m pytest test/gpu -m gpu        # on a machine with a CUDA device
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from sgl_psa.backends import resolve_backend
+from sgl_psa.config import PSAConfig
+from sgl_psa.rule import RequestRule
+from sgl_psa.rule_table import RuleTable
+from sgl_psa.scorers import SCORERS, CacheShape, make_scorer
+from sgl_psa.stop import STOP_RULES
+from sgl_psa.wrapper import PSADecodeWrapper
+from test.method.cache import PAGE, dense, make_cache
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+KV_HEADS, GROUP, DIM = 2, 4, 64
+SCALE = DIM**-0.5
+
+
+@pytest.mark.parametrize("stop", STOP_RULES)
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("knobs", [{"coverage": 1.0, "delta": 0.0}, {"delta": 1e-12}, {}])
+def test_decode_on_cuda(stop: str, scorer: str, knobs: dict) -> None:
+    config = dataclasses.replace(PSAConfig(min_context=0), stop=stop, scorer=scorer, **knobs)
+    cache = make_cache([1, PAGE + 1, 60 * PAGE + 3], KV_HEADS, DIM, seed=3)
+    q = torch.randn(3, KV_HEADS * GROUP, DIM, generator=torch.Generator().manual_seed(4))
+    device = torch.device("cuda")
+    backend = resolve_backend("auto", device)
+    shape = CacheShape(1, cache.num_pages, PAGE, KV_HEADS, DIM, device)
+    scorer_object = make_scorer(config, shape, backend)
+    k, v = cache.k.to(device), cache.v.to(device)
+    for row in range(3):
+        scorer_object.on_write(0, cache.tokens(row).to(device), k)
+    wrapper = PSADecodeWrapper(config, scorer_object, backend=backend, kv_element_bytes=4)
+    table = RuleTable(config, 3, device)
+    for row in range(3):
+        table.set(row, RequestRule.default(config))
+    rows = torch.arange(3, device=device)
+    wrapper.plan(cache.req_to_token.to(device), rows, cache.seq_lens.to(device), table.rows(rows))
+    out, _ = wrapper.run(0, q.to(device), k, v, SCALE)
+    step = wrapper.finish()
+    exact = dense(cache, q, SCALE)
+    if knobs:
+        torch.testing.assert_close(out.double().cpu(), exact, rtol=0, atol=1e-5)
+    assert step is not None and step.row(2).pages_attended <= step.row(2).pages_total
