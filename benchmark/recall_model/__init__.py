@@ -1,0 +1,1 @@
+"""Recipe of the embedded recall model: data, constructed start, training, export, evaluation."""
