@@ -6,6 +6,26 @@ import pytest
 from sglang_psa import refusals
 from sglang_psa.refusals import REFUSALS, IllegalCombination
 
+SWITCHES = (
+    "enable_mixed_chunk",
+    "enable_hierarchical_cache",
+    "enable_lmcache",
+    "enable_flexkv",
+    "enable_hisparse",
+    "enable_dp_attention",
+    "enable_two_batch_overlap",
+    "enable_pdmux",
+    "enable_torch_compile",
+    "enable_memory_saver",
+    "enable_unified_memory",
+    "enable_page_major_kv_layout",
+    "enable_session_radix_cache",
+    "prefill_only_disable_kv_cache",
+    "is_embedding",
+    "encoder_only",
+    "enable_mis",
+    "enable_deterministic_inference",
+)
 ARGS = dict(
     attention_backend="psa",
     prefill_attention_backend=None,
@@ -22,29 +42,7 @@ ARGS = dict(
     cuda_graph_backend_decode=None,
     dllm_algorithm=None,
     kv_canary="none",
-    **{
-        name: False
-        for name in [
-            "enable_mixed_chunk",
-            "enable_hierarchical_cache",
-            "enable_lmcache",
-            "enable_flexkv",
-            "enable_hisparse",
-            "enable_dp_attention",
-            "enable_two_batch_overlap",
-            "enable_pdmux",
-            "enable_torch_compile",
-            "enable_memory_saver",
-            "enable_unified_memory",
-            "enable_page_major_kv_layout",
-            "enable_session_radix_cache",
-            "prefill_only_disable_kv_cache",
-            "is_embedding",
-            "encoder_only",
-            "enable_mis",
-            "enable_deterministic_inference",
-        ]
-    },
+    **dict.fromkeys(SWITCHES, False),
 )
 MODEL = dict(
     attention_arch=SimpleNamespace(name="MHA"),
