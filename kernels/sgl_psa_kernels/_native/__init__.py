@@ -1,11 +1,8 @@
-"""C++ CPU kernels: sources, build, choice of the instruction set, loading."""
+"""C++ CPU kernels: sources, build, choice of the instruction set, loading.
 
+Importing this package imports neither torch nor the library.
+"""
 
-def native_available() -> tuple[bool, str]:
-    """Whether the native library can be used, and if not, what to install."""
-    return False, "the C++ kernels are not built"
+from sgl_psa_kernels._native.loader import load, native_available
 
-
-def load() -> None:
-    """Load the native library."""
-    raise RuntimeError(native_available()[1])
+__all__ = ["load", "native_available"]

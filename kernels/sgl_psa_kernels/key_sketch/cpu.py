@@ -1,15 +1,76 @@
-"""Binding of the C++ kernels."""
+"""Key sketches: binding of the C++ kernels."""
 
-from typing import Any
+import torch
 
-from sgl_psa_kernels._native import load
-
-
-def write(*args: Any, **kwargs: Any) -> Any:
-    load()
-    raise NotImplementedError
+from sgl_psa_kernels._native import abi
+from sgl_psa_kernels._native.call import call, dtype_code, require_cpu, rows
 
 
-def score(*args: Any, **kwargs: Any) -> Any:
-    load()
-    raise NotImplementedError
+def write(
+    k_cache: torch.Tensor,
+    slots: torch.Tensor,
+    codes: torch.Tensor,
+    affine: torch.Tensor,
+    *,
+    bits: int,
+    page_size: int,
+) -> None:
+    """See :func:`sgl_psa_kernels.key_sketch.write`."""
+    op = "key_sketch.write"
+    require_cpu(op, k_cache, slots, codes, affine)
+    args = abi.SketchWriteArgs(
+        num_kv_heads=k_cache.shape[1],
+        head_dim=k_cache.shape[2],
+        page_size=page_size,
+        dtype=dtype_code(op, k_cache),
+        bits=bits,
+        num_threads=torch.get_num_threads(),
+        count=slots.shape[0],
+        num_slots=k_cache.shape[0],
+        k_token_stride=k_cache.stride(0),
+        k_head_stride=k_cache.stride(1),
+        k=k_cache.data_ptr(),
+        slots=slots.data_ptr(),
+        codes=codes.data_ptr(),
+        affine=affine.data_ptr(),
+    )
+    call(op, "psa_sketch_write", args)
+
+
+def score(
+    q: torch.Tensor,
+    codes: torch.Tensor,
+    affine: torch.Tensor,
+    watermark: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    active: torch.Tensor,
+    *,
+    bits: int,
+    page_size: int,
+    sm_scale: float,
+) -> torch.Tensor:
+    """See :func:`sgl_psa_kernels.key_sketch.score`."""
+    op = "key_sketch.score"
+    require_cpu(op, q, codes, affine, watermark, page_table, seq_lens, active)
+    log_mass = torch.empty(q.shape[0], q.shape[1], page_table.shape[1], dtype=torch.float32)
+    args = abi.SketchScoreArgs(
+        rows=rows(
+            op,
+            q,
+            page_table,
+            seq_lens,
+            num_kv_heads=codes.shape[1],
+            num_pages=codes.shape[0],
+            page_size=page_size,
+            sm_scale=sm_scale,
+        ),
+        bits=bits,
+        codes=codes.data_ptr(),
+        affine=affine.data_ptr(),
+        watermark=watermark.data_ptr(),
+        active=active.data_ptr(),
+        log_mass=log_mass.data_ptr(),
+    )
+    call(op, "psa_sketch_score", args)
+    return log_mass

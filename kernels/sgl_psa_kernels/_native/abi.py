@@ -1,0 +1,95 @@
+"""The structs of ``src/psa_abi.h`` for ctypes, field by field in the same order."""
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+ABI_VERSION = 1
+
+OK = 0
+BAD_SEQ_LEN = 1
+BAD_PAGE = 2
+BAD_MODE = 3
+NO_LOG_MASS = 4
+BAD_SLOT = 5
+BAD_FILL = 6
+BAD_DTYPE = 7
+BAD_THRESHOLD = 8
+NO_MEMORY = 9
+
+Fields = list[tuple[str, type]]
+
+
+def _fields(kind: type, names: str) -> Fields:
+    return [(name, kind) for name in names.split()]
+
+
+class Rows(ctypes.Structure):
+    """PsaRows."""
+
+    _fields_ = [
+        *_fields(c_int32, "batch num_qo_heads num_kv_heads head_dim"),
+        *_fields(c_int32, "page_size max_pages num_pages dtype num_threads error_index"),
+        *_fields(c_float, "sm_scale"),
+        *_fields(c_int32, "reserved"),
+        *_fields(c_int64, "q_row_stride q_head_stride page_table_stride"),
+        *_fields(c_void_p, "q page_table seq_lens"),
+    ]
+
+
+class DecodeArgs(ctypes.Structure):
+    """PsaDecodeArgs."""
+
+    _fields_ = [
+        ("rows", Rows),
+        *_fields(c_int32, "sink_pages recent_pages group_pages reserved"),
+        *_fields(c_int64, "k_token_stride k_head_stride v_token_stride v_head_stride"),
+        *_fields(c_void_p, "k v log_mass mode threshold kappa_floor kappa_std out lse stats"),
+    ]
+
+
+class SketchScoreArgs(ctypes.Structure):
+    """PsaSketchScoreArgs."""
+
+    _fields_ = [
+        ("rows", Rows),
+        *_fields(c_int32, "bits reserved"),
+        *_fields(c_void_p, "codes affine watermark active log_mass"),
+    ]
+
+
+class SummaryScoreArgs(ctypes.Structure):
+    """PsaSummaryScoreArgs."""
+
+    _fields_ = [
+        ("rows", Rows),
+        *_fields(c_void_p, "summary watermark active log_mass"),
+    ]
+
+
+class SketchWriteArgs(ctypes.Structure):
+    """PsaSketchWriteArgs."""
+
+    _fields_ = [
+        *_fields(c_int32, "num_kv_heads head_dim page_size dtype bits num_threads"),
+        *_fields(c_int64, "count num_slots error_index k_token_stride k_head_stride"),
+        *_fields(c_void_p, "k slots codes affine"),
+    ]
+
+
+class SummaryUpdateArgs(ctypes.Structure):
+    """PsaSummaryUpdateArgs."""
+
+    _fields_ = [
+        *_fields(c_int32, "num_kv_heads head_dim page_size dtype num_pages num_threads"),
+        *_fields(c_int64, "count error_index k_token_stride k_head_stride"),
+        *_fields(c_void_p, "k pages fill summary"),
+    ]
+
+
+FUNCTIONS: dict[str, type[ctypes.Structure]] = {
+    "psa_progressive_decode": DecodeArgs,
+    "psa_sketch_score": SketchScoreArgs,
+    "psa_summary_score": SummaryScoreArgs,
+    "psa_sketch_write": SketchWriteArgs,
+    "psa_summary_update": SummaryUpdateArgs,
+}

@@ -1,0 +1,81 @@
+"""Instruction sets of the CPU kernels: compiler flags, and which ones this CPU has.
+
+The same sources are compiled once per instruction set into separate shared objects.
+"""
+
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ISA:
+    """One build variant of the kernels."""
+
+    name: str
+    cpu_flags: frozenset[str]
+    """Names in /proc/cpuinfo that the CPU must have."""
+    compiler_flags: tuple[str, ...]
+
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+
+ISAS = (
+    ISA(
+        "avx512",
+        frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"}),
+        (
+            *_AVX2,
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mavx512dq",
+            "-mprefer-vector-width=512",
+        ),
+    ),
+    ISA("avx2", frozenset({"avx2", "fma", "f16c"}), _AVX2),
+    ISA("portable", frozenset(), ()),
+)
+"""Best first."""
+
+
+def by_name(name: str) -> ISA:
+    """The instruction set of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for isa in ISAS:
+        if isa.name == name:
+            return isa
+    names = ", ".join(isa.name for isa in ISAS)
+    raise ValueError(f"unknown instruction set {name!r}; choose one of {names}")
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Feature names of this CPU; empty where /proc/cpuinfo does not tell."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":
+            return frozenset(value.split())
+    return frozenset()
+
+
+def supported() -> tuple[ISA, ...]:
+    """Instruction sets that this CPU can run, best first."""
+    return tuple(isa for isa in ISAS if isa.cpu_flags <= cpu_flags())
+
+
+def buildable() -> tuple[ISA, ...]:
+    """Instruction sets that a compiler for this machine's architecture can produce."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return ISAS
+    return tuple(isa for isa in ISAS if not isa.cpu_flags)

@@ -1,0 +1,97 @@
+// Dense rows: all pages in logical order, all KV heads of a page together (the pool stores them
+// side by side), in chunks of fixed length. Chunks depend on the row's length alone, so a row's
+// result depends neither on the other rows nor on the number of threads.
+#pragma once
+
+#include "pool.h"
+
+namespace psa {
+
+constexpr int CHUNK_TOKENS = 512;
+
+inline int chunk_pages(const PsaRows& r) { return std::max(1, CHUNK_TOKENS / r.page_size); }
+inline int num_chunks(const PsaRows& r, int row) {
+  return (num_pages(r, row) + chunk_pages(r) - 1) / chunk_pages(r);
+}
+
+// Unnormalised results of the chunks of one row: acc [chunks][Hq][D], m and l [chunks][Hq].
+struct Partials {
+  float *acc, *m, *l;
+
+  static size_t bytes(const PsaRows& r, int chunks) {
+    const size_t heads = (size_t)chunks * r.num_qo_heads;
+    return Scratch::need<float>(heads * r.head_dim) + 2 * Scratch::need<float>(heads);
+  }
+  void take(Scratch& s, const PsaRows& r, int chunks) {
+    const size_t heads = (size_t)chunks * r.num_qo_heads;
+    acc = s.take<float>(heads * r.head_dim);
+    m = s.take<float>(heads);
+    l = s.take<float>(heads);
+  }
+};
+
+template <class T>
+void dense_chunk(const PsaDecodeArgs& a, int row, int chunk, const Partials& out,
+                 Scratch& scratch) {
+  const PsaRows& r = a.rows;
+  const int D = r.head_dim, heads = r.num_kv_heads, group = r.num_qo_heads / heads;
+  const int pitch = padded(r.page_size) + 4;
+  const RowPool<T> pool(a, row);
+  const AttendPage<T> attend_page = attend_page_for<T>(D);
+  scratch.reset(Scratch::need<float>((size_t)r.num_qo_heads * D) +
+                Scratch::need<float>((size_t)HEAD_BLOCK * pitch));
+  float* q = scratch.take<float>((size_t)r.num_qo_heads * D);
+  float* logits = scratch.take<float>((size_t)HEAD_BLOCK * pitch);
+  // The states live in the chunk's place of the partial results.
+  const size_t at = (size_t)chunk * r.num_qo_heads;
+  auto state = [&](int h) {
+    const size_t first = at + (size_t)h * group;
+    return HeadState{q + (size_t)h * group * D, out.acc + first * D, out.m + first, out.l + first};
+  };
+  for (int h = 0; h < heads; h++)
+    state(h).start(pool.q(h), r.q_head_stride, group, D, r.sm_scale);
+
+  const int begin = chunk * chunk_pages(r);
+  const int end = std::min(num_pages(r, row), begin + chunk_pages(r));
+  for (int p = begin; p < end; p++)
+    for (int h = 0; h < heads; h++) {
+      const bool last_head = h + 1 == heads;
+      const int next_page = last_head ? (p + 1 < end ? p + 1 : -1) : p;
+      HeadState st = state(h);
+      const PageView<T> view = pool.view(p, h, next_page, last_head ? 0 : h + 1);
+      attend_page(st, group, D, view, logits, pitch, nullptr);
+    }
+}
+
+// Merges the chunks of one row and KV head by log-sum-exp, in order, and writes the result.
+template <class T>
+void merge_chunks(const PsaDecodeArgs& a, int row, int kv_head, int chunks, const Partials& in) {
+  const PsaRows& r = a.rows;
+  const int D = r.head_dim, group = r.num_qo_heads / r.num_kv_heads;
+  for (int g = 0; g < group; g++) {
+    const int head = kv_head * group + g;
+    float* acc = in.acc + (size_t)head * D;
+    float m = -INF;
+    for (int c = 0; c < chunks; c++) m = std::max(m, in.m[(size_t)c * r.num_qo_heads + head]);
+    float l = 0;
+    for (int c = 0; c < chunks; c++) {
+      const size_t at = (size_t)c * r.num_qo_heads + head;
+      const float weight = exp1(in.m[at] - m);
+      l += weight * in.l[at];
+      for (int d = 0; d < D; d += LANES) {
+        const F part = loadu<F>(in.acc + at * D + d) * weight;
+        storeu(acc + d, c ? loadu<F>(acc + d) + part : part);
+      }
+    }
+    HeadState st{nullptr, acc, &m, &l};
+    const int64_t at = (int64_t)row * r.num_qo_heads + head;
+    write_head<T>(a, at, st, 0);
+  }
+  float* s = stats_of(a, row, kv_head);
+  std::fill(s, s + PSA_NUM_STATS, 0.0f);
+  s[PSA_PAGES_ATTENDED] = (float)num_pages(r, row);
+  s[PSA_TOKENS_ATTENDED] = (float)r.seq_lens[row];
+  s[PSA_ESTIMATED_COVERAGE] = 1;
+}
+
+}  // namespace psa

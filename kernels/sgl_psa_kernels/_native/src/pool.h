@@ -1,0 +1,62 @@
+// The paged K/V pool as one batch row sees it.
+#pragma once
+
+#include "attend.h"
+#include "psa_abi.h"
+#include "rows.h"
+
+namespace psa {
+
+template <class T>
+struct RowPool {
+  const PsaDecodeArgs& a;
+  int row;
+  const int32_t* pages;
+
+  RowPool(const PsaDecodeArgs& args, int b) : a(args), row(b), pages(pages_of(args.rows, b)) {}
+
+  const T* q(int kv_head) const {
+    const int group = a.rows.num_qo_heads / a.rows.num_kv_heads;
+    return static_cast<const T*>(a.rows.q) + row * a.rows.q_row_stride +
+           (int64_t)kv_head * group * a.rows.q_head_stride;
+  }
+  const T* k(int page, int kv_head) const {
+    return static_cast<const T*>(a.k) + first_slot(page) * a.k_token_stride +
+           kv_head * a.k_head_stride;
+  }
+  const T* v(int page, int kv_head) const {
+    return static_cast<const T*>(a.v) + first_slot(page) * a.v_token_stride +
+           kv_head * a.v_head_stride;
+  }
+  // Page `page` of head `kv_head`; (next_page, next_head) is prefetched, next_page < 0 = nothing.
+  PageView<T> view(int page, int kv_head, int next_page, int next_head) const {
+    PageView<T> p;
+    p.k = k(page, kv_head);
+    p.v = v(page, kv_head);
+    p.k_stride = a.k_token_stride;
+    p.v_stride = a.v_token_stride;
+    p.tokens = tokens_in_page(a.rows, row, page);
+    p.next_k = next_page < 0 ? nullptr : k(next_page, next_head);
+    p.next_v = next_page < 0 ? nullptr : v(next_page, next_head);
+    return p;
+  }
+
+ private:
+  int64_t first_slot(int page) const { return (int64_t)pages[page] * a.rows.page_size; }
+};
+
+// Writes out and lse of the head with index `at` in [batch * Hq] from head g of a finished state.
+template <class T>
+inline void write_head(const PsaDecodeArgs& a, int64_t at, const HeadState& st, int g) {
+  const int D = a.rows.head_dim;
+  T* out = static_cast<T*>(a.out) + at * D;
+  const float scale = 1.0f / st.l[g];
+  for (int d = 0; d < D; d++) store1(out + d, st.acc[(size_t)g * D + d] * scale);
+  a.lse[at] = st.log_mass(g);
+}
+
+inline float* stats_of(const PsaDecodeArgs& a, int row, int kv_head) {
+  return a.stats + ((int64_t)row * a.rows.num_kv_heads + kv_head) * PSA_NUM_STATS;
+}
+
+}  // namespace psa

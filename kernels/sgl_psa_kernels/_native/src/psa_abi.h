@@ -1,0 +1,122 @@
+/* Plain C interface of the CPU kernels. Mirrored field by field in _native/abi.py.
+ *
+ * Strides are in elements. Every call returns a PsaStatus; on failure `error_index` holds the batch
+ * row (or the element of the slot / page list) that is at fault and nothing useful was written.
+ */
+#ifndef PSA_ABI_H
+#define PSA_ABI_H
+
+#include <stdint.h>
+
+#define PSA_ABI_VERSION 1
+#define PSA_EXPORT __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum PsaDtype { PSA_BF16 = 0, PSA_FP16 = 1, PSA_FP32 = 2 };
+
+enum PsaMode { PSA_DENSE = 0, PSA_MARGINAL = 1, PSA_COVERAGE = 2 };
+
+enum PsaStatus {
+  PSA_OK = 0,
+  PSA_BAD_SEQ_LEN = 1,   /* negative, or more pages than the page table has */
+  PSA_BAD_PAGE = 2,      /* page number outside of the pool */
+  PSA_BAD_MODE = 3,
+  PSA_NO_LOG_MASS = 4,   /* a row with a rule, but no estimates */
+  PSA_BAD_SLOT = 5,
+  PSA_BAD_FILL = 6,
+  PSA_BAD_DTYPE = 7,
+  PSA_BAD_THRESHOLD = 8, /* NaN */
+  PSA_NO_MEMORY = 9
+};
+
+enum PsaStat {
+  PSA_PAGES_ATTENDED = 0,
+  PSA_TOKENS_ATTENDED = 1,
+  PSA_PAGES_SCORED = 2,
+  PSA_ROUNDS = 3,
+  PSA_ESTIMATED_COVERAGE = 4,
+  PSA_STALE_PAGES = 5,
+  PSA_NUM_STATS = 6
+};
+
+/* Batch rows and their pages: part of the arguments of every op that walks requests. */
+typedef struct {
+  int32_t batch, num_qo_heads, num_kv_heads, head_dim;
+  int32_t page_size, max_pages, num_pages, dtype;
+  int32_t num_threads, error_index;
+  float sm_scale;
+  int32_t reserved;
+  int64_t q_row_stride, q_head_stride, page_table_stride;
+  const void *q;             /* [batch, num_qo_heads, head_dim] */
+  const int32_t *page_table; /* [batch, max_pages] */
+  const int32_t *seq_lens;   /* [batch] */
+} PsaRows;
+
+typedef struct {
+  PsaRows rows;
+  int32_t sink_pages, recent_pages, group_pages, reserved;
+  int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+  const void *k, *v;
+  const float *log_mass; /* [batch, num_qo_heads, max_pages] or NULL */
+  const int32_t *mode;
+  const float *threshold, *kappa_floor, *kappa_std;
+  void *out;    /* [batch, num_qo_heads, head_dim] */
+  float *lse;   /* [batch, num_qo_heads] */
+  float *stats; /* [batch, num_kv_heads, PSA_NUM_STATS] */
+} PsaDecodeArgs;
+
+typedef struct {
+  PsaRows rows;
+  int32_t bits, reserved;
+  const uint8_t *codes;  /* [num_pages, num_kv_heads, page_size, head_dim * bits / 8] */
+  const uint16_t *affine; /* fp16 [num_pages, num_kv_heads, page_size, 2] */
+  const int32_t *watermark;
+  const uint8_t *active;
+  float *log_mass;
+} PsaSketchScoreArgs;
+
+typedef struct {
+  PsaRows rows;
+  const uint16_t *summary; /* bf16 [num_pages, num_kv_heads, 4, head_dim] */
+  const int32_t *watermark;
+  const uint8_t *active;
+  float *log_mass;
+} PsaSummaryScoreArgs;
+
+typedef struct {
+  int32_t num_kv_heads, head_dim, page_size, dtype;
+  int32_t bits, num_threads;
+  int64_t count, num_slots, error_index;
+  int64_t k_token_stride, k_head_stride;
+  const void *k;
+  const int64_t *slots; /* [count] */
+  uint8_t *codes;
+  uint16_t *affine;
+} PsaSketchWriteArgs;
+
+typedef struct {
+  int32_t num_kv_heads, head_dim, page_size, dtype;
+  int32_t num_pages, num_threads;
+  int64_t count, error_index;
+  int64_t k_token_stride, k_head_stride;
+  const void *k;
+  const int64_t *pages; /* [count] */
+  const int32_t *fill;  /* [count] */
+  uint16_t *summary;
+} PsaSummaryUpdateArgs;
+
+PSA_EXPORT int psa_abi_version(void);
+PSA_EXPORT const char *psa_isa(void);
+PSA_EXPORT int psa_progressive_decode(PsaDecodeArgs *args);
+PSA_EXPORT int psa_sketch_score(PsaSketchScoreArgs *args);
+PSA_EXPORT int psa_summary_score(PsaSummaryScoreArgs *args);
+PSA_EXPORT int psa_sketch_write(PsaSketchWriteArgs *args);
+PSA_EXPORT int psa_summary_update(PsaSummaryUpdateArgs *args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

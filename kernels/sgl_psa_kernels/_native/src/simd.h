@@ -1,0 +1,166 @@
+// Vectors of LANES floats or 32-bit integers on top of GCC's vector extension. Arithmetic,
+// comparison and ?: work lane by lane; only what the extension lacks is written per ISA.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace psa {
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+constexpr int LANES = 16;
+constexpr int HEAD_BLOCK = 4;  // query heads that share one pass over K or V (register budget)
+#define PSA_WIDTH 512
+#define PSA_ISA "avx512"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+constexpr int LANES = 8;
+constexpr int HEAD_BLOCK = 2;
+#define PSA_WIDTH 256
+#define PSA_ISA "avx2"
+#else
+constexpr int LANES = 4;
+constexpr int HEAD_BLOCK = 2;
+#define PSA_WIDTH 128
+#define PSA_ISA "portable"
+#endif
+
+typedef float F __attribute__((vector_size(LANES * 4)));
+typedef int32_t I __attribute__((vector_size(LANES * 4)));
+typedef uint32_t U __attribute__((vector_size(LANES * 4)));
+typedef uint16_t H __attribute__((vector_size(LANES * 2)));  // LANES halves
+typedef int16_t S __attribute__((vector_size(LANES * 4)));   // 2 * LANES shorts
+typedef float F4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+
+constexpr float INF = __builtin_inff();
+
+template <class V>
+inline V loadu(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+inline void storeu(void* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+inline F set1(float x) { return x - F{}; }
+inline I set1i(int32_t x) { return x - I{}; }
+inline I iota() {
+  I v;
+  for (int i = 0; i < LANES; i++) v[i] = i;
+  return v;
+}
+inline F max(F a, F b) { return a > b ? a : b; }
+inline F min(F a, F b) { return a < b ? a : b; }
+inline F abs(F a) { return (F)((I)a & 0x7fffffff); }
+// to nearest, ties to even; |x| < 2^22
+inline F round_small(F x) { return (x + 12582912.0f) - 12582912.0f; }
+
+inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// bytes at p to L2, one request per cache line
+inline void prefetch_range(const void* p, int64_t bytes) {
+  const char* c = static_cast<const char*>(p);
+  for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(c + i);
+}
+
+#if PSA_WIDTH == 512
+inline float hmax(F a) { return _mm512_reduce_max_ps((__m512)a); }
+inline float hsum(F a) { return _mm512_reduce_add_ps((__m512)a); }
+inline F4 fold(__m512 x) {
+  __m256 y = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  return (F4)_mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+}
+inline I4 fold(__m512i x) {
+  __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+  return (I4)_mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+}
+// sums of the lanes of four vectors
+inline F4 hsum4(F a, F b, F c, F d) {
+  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b),
+                            _mm512_unpackhi_ps((__m512)a, (__m512)b));
+  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d),
+                            _mm512_unpackhi_ps((__m512)c, (__m512)d));
+  return fold(_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee)));
+}
+inline I4 hsum4(I a, I b, I c, I d) {
+  __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32((__m512i)a, (__m512i)b),
+                                _mm512_unpackhi_epi32((__m512i)a, (__m512i)b));
+  __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32((__m512i)c, (__m512i)d),
+                                _mm512_unpackhi_epi32((__m512i)c, (__m512i)d));
+  return fold(_mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd)));
+}
+inline F half_to_float(H h) { return (F)_mm512_cvtph_ps((__m256i)h); }
+// a[2i] * b[2i] + a[2i+1] * b[2i+1]
+inline I madd(S a, S b) { return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#elif PSA_WIDTH == 256
+inline F4 fold(__m256 x) {
+  return (F4)_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+}
+inline I4 fold(__m256i x) {
+  return (I4)_mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+}
+inline F4 hsum4(F a, F b, F c, F d) {
+  return fold(_mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b),
+                             _mm256_hadd_ps((__m256)c, (__m256)d)));
+}
+inline I4 hsum4(I a, I b, I c, I d) {
+  return fold(_mm256_hadd_epi32(_mm256_hadd_epi32((__m256i)a, (__m256i)b),
+                                _mm256_hadd_epi32((__m256i)c, (__m256i)d)));
+}
+inline F half_to_float(H h) { return (F)_mm256_cvtph_ps((__m128i)h); }
+inline I madd(S a, S b) { return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#else
+#if defined(__SSE2__)
+inline F4 hsum4(F a, F b, F c, F d) {
+  __m128 ab = _mm_add_ps(_mm_unpacklo_ps((__m128)a, (__m128)b),
+                         _mm_unpackhi_ps((__m128)a, (__m128)b));
+  __m128 cd = _mm_add_ps(_mm_unpacklo_ps((__m128)c, (__m128)d),
+                         _mm_unpackhi_ps((__m128)c, (__m128)d));
+  return (F4)_mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+}
+inline I madd(S a, S b) { return (I)_mm_madd_epi16((__m128i)a, (__m128i)b); }
+#else
+inline F4 hsum4(F a, F b, F c, F d) {
+  return F4{(a[0] + a[2]) + (a[1] + a[3]), (b[0] + b[2]) + (b[1] + b[3]),
+            (c[0] + c[2]) + (c[1] + c[3]), (d[0] + d[2]) + (d[1] + d[3])};
+}
+inline I madd(S a, S b) {
+  I r;
+  for (int i = 0; i < LANES; i++) r[i] = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return r;
+}
+#endif
+inline I4 hsum4(I a, I b, I c, I d) {
+  return I4{a[0] + a[1] + a[2] + a[3], b[0] + b[1] + b[2] + b[3], c[0] + c[1] + c[2] + c[3],
+            d[0] + d[1] + d[2] + d[3]};
+}
+// IEEE half by exponent shift: the multiplication makes subnormals right, the test inf and NaN
+inline F half_to_float(H h) {
+  U u = __builtin_convertvector(h, U);
+  U sign = (u & 0x8000u) << 16;
+  F f = (F)((u & 0x7fffu) << 13) * 0x1p112f;
+  I bits = (I)f | ((f >= 65536.0f) & 0x7f800000);
+  return (F)(bits | (I)sign);
+}
+#endif
+
+#if PSA_WIDTH != 512
+inline float hmax(F a) {
+  float m = a[0];
+  for (int i = 1; i < LANES; i++) m = a[i] > m ? a[i] : m;
+  return m;
+}
+inline float hsum(F a) {
+  F4 r = hsum4(a, F{}, F{}, F{});
+  return r[0];
+}
+#endif
+
+}  // namespace psa

@@ -1,0 +1,99 @@
+// Key sketches of new keys.
+#include <algorithm>
+
+#include "elem.h"
+#include "scratch.h"
+
+namespace psa {
+namespace {
+
+struct Affine {
+  float scale, zero;
+};
+
+// The stored pair; what the codes are computed with is its value after rounding to half.
+inline Affine store_affine(uint16_t* pair, float scale, float zero) {
+  pair[0] = to_fp16(scale);
+  pair[1] = to_fp16(zero);
+  return {from_fp16(pair[0]), from_fp16(pair[1])};
+}
+
+inline Affine fit(const float* x, int dim, int bits, uint16_t* pair) {
+  if (bits == 1) {
+    F sum{}, deviation{};
+    for (int d = 0; d < dim; d += LANES) sum += loadu<F>(x + d);
+    const float mean = hsum(sum) / dim;
+    for (int d = 0; d < dim; d += LANES) deviation += abs(loadu<F>(x + d) - mean);
+    const float mad = hsum(deviation) / dim;
+    return store_affine(pair, 2 * mad, mean - mad);
+  }
+  F low = loadu<F>(x), high = low;
+  for (int d = LANES; d < dim; d += LANES) {
+    low = min(low, loadu<F>(x + d));
+    high = max(high, loadu<F>(x + d));
+  }
+  const float lowest = -hmax(-low), highest = hmax(high);
+  return store_affine(pair, (highest - lowest) / (float)((1 << bits) - 1), lowest);
+}
+
+// codes[d] in 0 .. 2^bits - 1
+inline void encode(const float* x, int dim, int bits, Affine a, int32_t* codes) {
+  const float top = (float)((1 << bits) - 1);
+  const float scale = a.scale > 0 ? a.scale : INF;  // all elements equal: code 0
+  for (int d = 0; d < dim; d += LANES) {
+    const F v = loadu<F>(x + d);
+    I code;
+    if (bits == 1) {
+      code = (v > set1(a.zero + 0.5f * a.scale)) & 1;
+    } else {
+      F position = (v - a.zero) / scale;
+      position = position > 0.0f ? position : F{};  // NaN becomes 0
+      position = round_small(min(position, set1(top)));
+      code = __builtin_convertvector(position, I);
+    }
+    storeu(codes + d, code);
+  }
+}
+
+template <class T>
+void write_key(const PsaSketchWriteArgs& a, int64_t slot, int head, float* x, int32_t* codes) {
+  const int D = a.head_dim, width = D * a.bits / 8;
+  const T* key = static_cast<const T*>(a.k) + slot * a.k_token_stride + head * a.k_head_stride;
+  for (int d = 0; d < D; d += LANES) storeu(x + d, load(key + d));
+  const int64_t page = slot / a.page_size, offset = slot % a.page_size;
+  const int64_t at = (page * a.num_kv_heads + head) * a.page_size + offset;
+  encode(x, D, a.bits, fit(x, D, a.bits, a.affine + at * 2), codes);
+  uint8_t* packed = a.codes + at * width;
+  for (int j = 0; j < width; j++) {
+    int32_t byte = 0;
+    for (int p = 0; p < 8 / a.bits; p++) byte |= codes[p * width + j] << (p * a.bits);
+    packed[j] = (uint8_t)byte;
+  }
+}
+
+}  // namespace
+}  // namespace psa
+
+extern "C" int psa_sketch_write(PsaSketchWriteArgs* args) {
+  using namespace psa;
+  const PsaSketchWriteArgs& a = *args;
+  for (int64_t i = 0; i < a.count; i++)
+    if (a.slots[i] < 0 || a.slots[i] >= a.num_slots) {
+      args->error_index = i;
+      return PSA_BAD_SLOT;
+    }
+  const bool known = with_dtype(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+#pragma omp parallel num_threads(a.num_threads) if (a.num_threads > 1 && a.count >= 16)
+    {
+      static thread_local Scratch scratch;
+      scratch.reset(Scratch::need<float>(a.head_dim) + Scratch::need<int32_t>(a.head_dim));
+      float* x = scratch.take<float>(a.head_dim);
+      int32_t* codes = scratch.take<int32_t>(a.head_dim);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < a.count; i++)
+        for (int h = 0; h < a.num_kv_heads; h++) write_key<T>(a, a.slots[i], h, x, codes);
+    }
+  });
+  return known ? PSA_OK : PSA_BAD_DTYPE;
+}
