@@ -25,6 +25,9 @@ def apply_psa_defaults(server_args: Any) -> None:
     prefill = server_args.prefill_attention_backend or server_args.attention_backend
     if prefill == "psa" and server_args.cuda_graph_backend_prefill is None:
         server_args.disable_prefill_cuda_graph = True
+    if on_psa_cpu_platform():
+        # An idle scheduler otherwise polls, and takes a core from whoever computes.
+        server_args.sleep_on_idle = True
 
 
 def apply_cpu_defaults(server_args: Any) -> None:

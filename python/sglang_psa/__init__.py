@@ -1,0 +1,1 @@
+"""Progressive Sparse Attention as an SGLang plugin: everything here touches SGLang."""
