@@ -1,0 +1,110 @@
+"""The CPU platform: only without an accelerator, and enough for a plain command."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang_psa import compat, defaults, platform, platform_hooks
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_an_accelerator_keeps_sglangs_platform(monkeypatch, device):
+    monkeypatch.setattr(getattr(torch, device), "is_available", lambda: True)
+    assert platform.activate() is None
+
+
+def test_class_loads_by_its_path(monkeypatch):
+    monkeypatch.setattr(compat, "has_accelerator", lambda: False)
+    import pkgutil
+
+    loaded = pkgutil.resolve_name(platform.activate())
+    assert issubclass(loaded, compat.SRTPlatform)
+    made = loaded()
+    assert made.get_default_attention_backend() == "torch_native"
+    assert made.get_mha_kv_pool_cls() is compat.MHATokenToKVPool
+    assert issubclass(made.get_paged_allocator_cls(), compat.PagedTokenToKVPoolAllocator)
+
+
+def arguments(**changes):
+    plain = dict(
+        device=None,
+        attention_backend=None,
+        mem_fraction_static=None,
+        tp_size=1,
+        page_size=None,
+        max_total_tokens=None,
+    )
+    return SimpleNamespace(**{**plain, **changes})
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(defaults, "on_psa_cpu_platform", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.delenv(defaults.OMP_BIND, raising=False)
+
+
+def test_nothing_is_needed_on_a_cpu_machine(on_cpu):
+    args = arguments()
+    defaults.apply_cpu_defaults(args)
+    assert (args.device, args.attention_backend) == ("cpu", "torch_native")
+    assert args.mem_fraction_static == defaults.CPU_MEM_FRACTION
+
+
+def test_what_is_given_stays(on_cpu):
+    args = arguments(device="cpu", attention_backend="psa", mem_fraction_static=0.3)
+    defaults.apply_cpu_defaults(args)
+    assert (args.attention_backend, args.mem_fraction_static) == ("psa", 0.3)
+
+
+def test_other_platforms_are_untouched(monkeypatch):
+    monkeypatch.setattr(defaults, "on_psa_cpu_platform", lambda: False)
+    args = arguments()
+    defaults.apply_cpu_defaults(args)
+    assert args == arguments()
+
+
+@pytest.mark.parametrize(
+    "tp_size, bind", [(1, None), (2, "0,1,2,3|4,5,6,7"), (3, "0,1|2,3|4,5"), (16, None)]
+)
+def test_ranks_share_the_cores(on_cpu, monkeypatch, tp_size, bind):
+    defaults.apply_cpu_defaults(arguments(tp_size=tp_size))
+    found = os.environ.pop(defaults.OMP_BIND, None)
+    if tp_size == 16:
+        assert found.count("|") == 15
+    else:
+        assert found == bind
+
+
+def test_a_given_binding_is_kept(on_cpu, monkeypatch):
+    monkeypatch.setenv(defaults.OMP_BIND, "0|7")
+    defaults.apply_cpu_defaults(arguments(tp_size=2))
+    assert os.environ[defaults.OMP_BIND] == "0|7"
+
+
+def test_triton_is_off_for_psa_alone():
+    assert platform_hooks.support_triton(lambda name: True, "psa") is False
+    assert platform_hooks.support_triton(lambda name: "asked", "triton") == "asked"
+
+
+def test_process_groups_do_without_nccl():
+    seen = platform_hooks.init_model_parallel_group(lambda *a, **k: (a, k), 1, backend="gloo")
+    assert seen == ((1,), {"backend": "gloo", "use_pynccl": False, "use_custom_allreduce": False})
+
+
+def test_grammar_bitmask_is_what_xgrammar_expects():
+    from xgrammar import allocate_token_bitmask
+
+    ours, theirs = platform_hooks.allocate_token_bitmask(100, 3), allocate_token_bitmask(3, 100)
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert bool((ours == -1).all())
+
+
+def test_capacity_is_bounded_only_by_default():
+    configurator = SimpleNamespace(server_args=arguments(page_size=16))
+    limit = platform_hooks.DEFAULT_MAX_TOKENS
+    assert platform_hooks.limit_tokens(10 * limit, configurator, 0) == limit
+    assert platform_hooks.limit_tokens(160, configurator, 0) == 160
+    configurator.server_args.max_total_tokens = 10 * limit
+    assert platform_hooks.limit_tokens(10 * limit, configurator, 0) is None
