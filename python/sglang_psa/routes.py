@@ -44,9 +44,10 @@ def _isa(backend: str) -> str | None:
     """Instruction set of the C++ kernels in use; ``None`` where they are not."""
     if backend != "cpu":
         return None
-    from sgl_psa_kernels import _native
+    from sgl_psa_kernels._native import native_available
 
-    return str(_native.isa())
+    _, name = native_available()
+    return name
 
 
 def merge(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
