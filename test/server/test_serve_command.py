@@ -1,0 +1,51 @@
+"""``python -m sglang_psa.serve``, what ``make serve`` runs: the model's own dtype and defaults."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from test.server.compare import reads
+from test.server.conftest import running
+from test.server.process import Server
+from test.server.prompts import Prompts
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def served(logs: Path) -> Iterator[Server]:
+    options = ["--sleep-on-idle"]
+    process = Server("serve", options, logs / "serve.log", module="sglang_psa.serve")
+    with running(process):
+        yield process
+
+
+def test_it_says_that_it_is_ready(served: Server) -> None:
+    end = time.monotonic() + 30
+    while f"PSA server ready: {served.url}" not in served.log:
+        assert time.monotonic() < end, served.tail()
+        time.sleep(0.2)
+
+
+def test_it_decodes_sparsely_from_the_default_context_on(served: Server, prompts: Prompts) -> None:
+    short = served.generate(prompts.recall(900, seed=8500).ids, max_new_tokens=8)
+    assert reads(short)["bytes_fraction"] == 1
+    asked = [prompts.recall(3000, seed=8510 + 10 * n).ids for n in range(3)]
+    for answer in served.together(asked, max_new_tokens=8):
+        assert 0 < reads(answer)["bytes_fraction"] < 0.6
+        assert reads(answer)["stale_pages"] == 0
+    assert served.stats()["active"]
+    served.assert_no_leak()
+
+
+def test_it_stops_all_its_processes_in_mid_decode(served: Server, prompts: Prompts) -> None:
+    events = served.stream(
+        prompts.recall(1500, seed=8600).ids, max_new_tokens=3000, ignore_eos=True
+    )
+    next(events)
+    served.signal(signal.SIGTERM)
+    assert served.wait_gone(60) == []
+    assert served.popen.wait(10) == 0
