@@ -35,6 +35,20 @@ def allocate_token_bitmask(vocab_size: int, batch_size: int) -> Any:
     return torch.full(shape, -1, dtype=torch.int32)
 
 
+def apply_vocab_mask(grammar: Any, logits: Any, vocab_mask: Any) -> None:
+    """Forbid the tokens whose bit is clear, in place; SGLang does this on accelerators only.
+
+    Args:
+        logits: [B, vocab or more], any float dtype.
+        vocab_mask: int32 [B, words], bit i of word w is token 32 * w + i.
+    """
+    import torch
+
+    bits = vocab_mask[..., None] >> torch.arange(32, dtype=torch.int32)
+    forbidden = (bits & 1 == 0).flatten(1)[:, : logits.shape[1]]
+    logits[:, : forbidden.shape[1]].masked_fill_(forbidden, float("-inf"))
+
+
 def limit_tokens(tokens: int, configurator: Any, token_capacity: int) -> int | None:
     """Bound the page lists of small models, whose KV would fit in RAM by the ten million."""
     if configurator.server_args.max_total_tokens is not None:
@@ -58,6 +72,7 @@ HOOKS = (
             allocate_token_bitmask,
             Kind.REPLACE,
         ),
+        Hook("grammar mask on CPU", compat.APPLY_VOCAB_MASK, apply_vocab_mask, Kind.REPLACE),
         Hook("default KV capacity", compat.APPLY_TOKEN_CONSTRAINTS, limit_tokens, Kind.AFTER),
     )
     if defaults.on_psa_cpu_platform()

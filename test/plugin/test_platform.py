@@ -101,6 +101,20 @@ def test_grammar_bitmask_is_what_xgrammar_expects():
     assert bool((ours == -1).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab, width", [(100, 100), (96, 128), (64, 50)])
+def test_grammar_mask_forbids_exactly_the_clear_bits(dtype, vocab, width):
+    generator = torch.Generator().manual_seed(0)
+    allowed = torch.rand(3, -(-vocab // 32) * 32, generator=generator) < 0.5
+    weights = (1 << torch.arange(32, dtype=torch.int64)).expand(3, allowed.shape[1] // 32, 32)
+    words = (allowed.view(3, -1, 32) * weights).sum(-1)
+    logits = torch.zeros(3, width, dtype=dtype)
+    platform_hooks.apply_vocab_mask(None, logits=logits, vocab_mask=words.to(torch.int32))
+    expected = allowed[:, :width]
+    assert torch.equal(logits[:, : expected.shape[1]] == 0, expected)
+    assert bool((logits[:, expected.shape[1] :] == 0).all())
+
+
 def test_capacity_is_bounded_only_by_default():
     configurator = SimpleNamespace(server_args=arguments(page_size=16))
     limit = platform_hooks.DEFAULT_MAX_TOKENS
