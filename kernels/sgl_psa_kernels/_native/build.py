@@ -154,9 +154,7 @@ def _compiler_key(command: Sequence[str]) -> str:
 
 
 def _run(command: Sequence[str]) -> str:
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-20:])
         raise BuildError(f"compiling the kernels failed: {shlex.join(command)}\n{tail}")

@@ -51,7 +51,13 @@ def open_library(path: Path) -> ctypes.CDLL:
             f"{path} has ABI version {version}, expected {abi.ABI_VERSION}; delete the file"
         )
     library.psa_isa.restype = ctypes.c_char_p
-    for name, struct in abi.FUNCTIONS.items():
+    for index, (name, struct) in enumerate(abi.FUNCTIONS.items()):
+        size = library.psa_struct_size(index)
+        if size != ctypes.sizeof(struct):
+            raise RuntimeError(
+                f"{path}: arguments of {name} have {size} bytes, {ctypes.sizeof(struct)} in "
+                "abi.py; the two declarations differ"
+            )
         function = getattr(library, name)
         function.argtypes = [ctypes.POINTER(struct)]
         function.restype = ctypes.c_int

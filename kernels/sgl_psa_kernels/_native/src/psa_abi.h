@@ -109,6 +109,7 @@ typedef struct {
 } PsaSummaryUpdateArgs;
 
 PSA_EXPORT int psa_abi_version(void);
+PSA_EXPORT int psa_struct_size(int index); /* of the args of the functions below, in order */
 PSA_EXPORT const char *psa_isa(void);
 PSA_EXPORT int psa_progressive_decode(PsaDecodeArgs *args);
 PSA_EXPORT int psa_sketch_score(PsaSketchScoreArgs *args);

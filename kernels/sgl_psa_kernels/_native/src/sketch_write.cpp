@@ -27,12 +27,15 @@ inline Affine fit(const float* x, int dim, int bits, uint16_t* pair) {
     const float mad = hsum(deviation) / dim;
     return store_affine(pair, 2 * mad, mean - mad);
   }
-  F low = loadu<F>(x), high = low;
-  for (int d = LANES; d < dim; d += LANES) {
-    low = min(low, loadu<F>(x + d));
-    high = max(high, loadu<F>(x + d));
+  F low = loadu<F>(x), high = low, finite{};
+  for (int d = 0; d < dim; d += LANES) {
+    const F v = loadu<F>(x + d);
+    low = min(low, v);
+    high = max(high, v);
+    finite += v - v;
   }
-  const float lowest = -hmax(-low), highest = hmax(high);
+  // The comparisons skip NaN; this sum is 0 if every element is finite, else NaN.
+  const float lowest = -hmax(-low) + hsum(finite), highest = hmax(high);
   return store_affine(pair, (highest - lowest) / (float)((1 << bits) - 1), lowest);
 }
 

@@ -1,0 +1,97 @@
+"""Two-part prefill against a float64 softmax."""
+
+import pytest
+import torch
+from kernel_cases import assert_rounded
+from sgl_psa_kernels.prefill_attention import prefill
+
+
+def tensors(new: int, prefix: int, heads: int, group: int, dim: int, dtype: torch.dtype):
+    rng = torch.Generator().manual_seed(new * 7919 + prefix)
+    q = torch.randn(new, heads * group, dim, generator=rng).to(dtype)
+    k = torch.randn(prefix + new, heads, dim, generator=rng).to(dtype)
+    v = torch.randn(prefix + new, heads, dim, generator=rng).to(dtype)
+    return q, k, v
+
+
+def run(q, k, v, prefix: int, backend: str):
+    return prefill(
+        q, k[:prefix], v[:prefix], k[prefix:], v[prefix:], sm_scale=0.11, backend=backend
+    )
+
+
+def exact(q, k, v, prefix: int):
+    """Softmax over the keys that each query sees, in float64, query by query."""
+    group = q.shape[1] // k.shape[1]
+    out, lse = [], []
+    for i in range(q.shape[0]):
+        seen = prefix + i + 1
+        keys = k[:seen].double().repeat_interleave(group, 1)
+        values = v[:seen].double().repeat_interleave(group, 1)
+        logits = 0.11 * torch.einsum("hd,thd->ht", q[i].double(), keys)
+        lse.append(torch.logsumexp(logits, 1))
+        out.append(torch.einsum("ht,thd->hd", torch.softmax(logits, 1), values))
+    return torch.stack(out), torch.stack(lse)
+
+
+SHAPES = [
+    (new, prefix, heads, group, dim)
+    for new, heads, group, dim in ((1, 2, 4, 64), (5, 3, 1, 80), (37, 2, 2, 128), (70, 1, 7, 32))
+    for prefix in (0, 1, 15, 16, 300)
+]
+SHAPES.append((3, 4093, 2, 4, 64))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64_softmax(shape, dtype: torch.dtype, backend: str) -> None:
+    new, prefix, *rest = shape
+    q, k, v = tensors(new, prefix, *rest, dtype)
+    out, lse = run(q, k, v, prefix, backend)
+    want_out, want_lse = exact(q, k, v, prefix)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    # Flash attention rounds weights and both parts to the dtype: three roundings of values <= 1.
+    noise = 2e-6 if backend == "reference" or dtype == torch.float32 else 0.0
+    noise = noise or 3 * torch.finfo(dtype).eps * float(want_out.abs().max())
+    assert_rounded(out, want_out, max(noise, 5e-6), dtype)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("prefix", [1, 16, 45])
+def test_two_parts_equal_one(prefix: int, backend: str) -> None:
+    q, k, v = tensors(60, 0, 2, 4, 64, torch.float32)
+    out, lse = run(q, k, v, 0, backend)
+    part_out, part_lse = run(q[prefix:], k, v, prefix, backend)
+    torch.testing.assert_close(part_out, out[prefix:], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(part_lse, lse[prefix:], rtol=1e-6, atol=2e-6)
+
+
+def test_none_and_empty_prefix_are_the_same() -> None:
+    q, k, v = tensors(9, 0, 2, 2, 64, torch.float32)
+    for backend in ("reference", "cpu"):
+        without = prefill(q, None, None, k, v, sm_scale=0.11, backend=backend)
+        for a, b in zip(without, run(q, k, v, 0, backend), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_strided_inputs() -> None:
+    """Queries and keys as slices of a fused projection."""
+    fused = torch.randn(20, 12, 64)
+    q, k, v = fused[:, :8], fused[:, 8:10], fused[:, 10:]
+    want = prefill(q, None, None, k, v, sm_scale=0.11, backend="reference")
+    got = prefill(q, None, None, k, v, sm_scale=0.11, backend="cpu")
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+
+
+def test_mismatched_parts_are_refused() -> None:
+    q, k, v = tensors(4, 8, 2, 2, 64, torch.float32)
+    with pytest.raises(ValueError, match="both k_prefix and v_prefix"):
+        prefill(q, k[:8], None, k[8:], v[8:], sm_scale=1.0, backend="cpu")
+    with pytest.raises(ValueError, match="one dtype"):
+        prefill(q.bfloat16(), k[:8], v[:8], k[8:], v[8:], sm_scale=1.0, backend="cpu")
+    with pytest.raises(ValueError, match="belong together"):
+        prefill(q, None, None, k, v, sm_scale=1.0, backend="cpu")

@@ -1,0 +1,193 @@
+"""Progressive decode: C++ against a float64 run of the reference, over rules and shapes."""
+
+import math
+
+import pytest
+import torch
+from kernel_cases import CASES, Batch, Case, assert_rounded, make_batch, true_log_mass
+from sgl_psa_kernels.progressive_decode import (
+    COVERAGE,
+    DENSE,
+    MARGINAL,
+    STAT_NAMES,
+    progressive_decode,
+)
+
+INF = float("inf")
+
+RULES = {
+    "dense": (DENSE, 0.0, 0.0, 0.0),
+    "marginal-.3": (MARGINAL, math.log(0.3), 0.0, 0.0),
+    "marginal-.02": (MARGINAL, math.log(0.02), 0.0, 0.0),
+    "coverage-.8": (COVERAGE, math.log(0.25), 0.0, 1.0),
+    "coverage-.95-bold": (COVERAGE, math.log(0.05 / 0.95), -INF, 0.5),
+    "coverage-all": (COVERAGE, -INF, 0.0, 0.0),
+}
+
+
+def decode(batch: Batch, log_mass, rules, backend: str, exact: bool = False, **options):
+    """Run with one rule for all rows, or a list of rules."""
+    rows = len(batch.case.lens)
+    table = list(zip(*([rules] * rows if isinstance(rules, tuple) else rules), strict=True))
+    settings = {"sink_pages": 1, "recent_pages": 2, "group_pages": 3} | options
+    q, k, v = batch.q, batch.k, batch.v
+    if exact:
+        q, k, v = q.double(), k.double(), v.double()
+    return progressive_decode(
+        q,
+        k,
+        v,
+        batch.page_table,
+        batch.seq_lens,
+        log_mass,
+        torch.tensor(table[0], dtype=torch.int32),
+        *(torch.tensor(column, dtype=torch.float32) for column in table[1:]),
+        page_size=batch.case.page_size,
+        sm_scale=batch.sm_scale,
+        backend=backend,
+        **settings,
+    )
+
+
+def estimates(batch: Batch, seed: int = 3, noise: float = 0.4) -> torch.Tensor:
+    """Noisy estimates with a few stale pages (+inf, and one NaN)."""
+    rng = torch.Generator().manual_seed(seed)
+    truth = true_log_mass(batch)
+    log_mass = (truth + noise * torch.randn(truth.shape, generator=rng)).float()
+    for row in range(len(batch.case.lens)):
+        pages = len(batch.pages(row))
+        if pages > 8:
+            log_mass[row, 0, 3] = INF
+            log_mass[row, -1, 5] = float("nan")
+    return log_mass
+
+
+def check(batch: Batch, got, want) -> None:
+    """got: C++; want: the reference in float64."""
+    out, lse, stats = got
+    rows = torch.tensor(batch.case.lens) > 0
+    names = {name: column for column, name in enumerate(STAT_NAMES)}
+    exact_columns = [column for name, column in names.items() if name != "estimated_coverage"]
+    assert torch.equal(stats[..., exact_columns], want[2][..., exact_columns])
+    torch.testing.assert_close(stats, want[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse[rows].double(), want[1][rows], rtol=4e-6, atol=4e-6)
+    assert (lse[~rows] == -INF).all()
+    assert (out[~rows] == 0).all()
+    assert_rounded(out[rows], want[0][rows], 2e-5, batch.case.dtype)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_float64_reference(case: Case, rule: str, isa: str) -> None:
+    batch = make_batch(case)
+    log_mass = None if rule == "dense" else estimates(batch)
+    want = decode(batch, log_mass, RULES[rule], "reference", exact=True)
+    check(batch, decode(batch, log_mass, RULES[rule], "cpu"), want)
+
+
+@pytest.mark.parametrize("group_pages", [1, 4, 100])
+@pytest.mark.parametrize(("sink_pages", "recent_pages"), [(0, 0), (3, 5), (90, 0), (0, 90)])
+def test_forced_pages_and_group_sizes(
+    group_pages: int, sink_pages: int, recent_pages: int, isa: str
+) -> None:
+    batch = make_batch(Case(torch.float32, 64, 16, 2, 3, (560, 16, 100)))
+    log_mass = estimates(batch)
+    options = {
+        "group_pages": group_pages,
+        "sink_pages": sink_pages,
+        "recent_pages": recent_pages,
+    }
+    for rule in ("marginal-.3", "coverage-.8"):
+        want = decode(batch, log_mass, RULES[rule], "reference", exact=True, **options)
+        check(batch, decode(batch, log_mass, RULES[rule], "cpu", **options), want)
+
+
+def test_rules_mix_in_one_batch(isa: str) -> None:
+    batch = make_batch(Case(torch.bfloat16, 128, 16, 2, 4, (300, 0, 301, 600, 290, 17)))
+    log_mass = estimates(batch)
+    rules = [RULES[name] for name in RULES]
+    check(
+        batch,
+        decode(batch, log_mass, rules, "cpu"),
+        decode(batch, log_mass, rules, "reference", exact=True),
+    )
+
+
+def test_ties_go_to_the_lower_page(isa: str) -> None:
+    """Equal estimates, and +0 against -0 keys: only the order of pages decides."""
+    batch = make_batch(Case(torch.float32, 64, 16, 1, 2, (320,)))
+    log_mass = torch.zeros(1, 2, batch.page_table.shape[1])
+    rule = (MARGINAL, -2.0, 0.0, 0.0)
+    options = {"group_pages": 1, "sink_pages": 0, "recent_pages": 1}
+    want = decode(batch, log_mass, rule, "reference", exact=True, **options)
+    check(batch, decode(batch, log_mass, rule, "cpu", **options), want)
+    assert 1 < want[2][0, 0, 0] < 20
+
+
+def test_large_and_tiny_logits_stay_finite(isa: str) -> None:
+    batch = make_batch(Case(torch.float32, 64, 16, 1, 4, (700,)), spread=60.0)
+    assert true_log_mass(batch).nan_to_num(0.0).abs().max() > 100
+    log_mass = estimates(batch)
+    for rule in RULES.values():
+        out, lse, stats = decode(batch, log_mass, rule, "cpu")
+        want = decode(batch, log_mass, rule, "reference", exact=True)
+        torch.testing.assert_close(lse.double(), want[1], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(out.double(), want[0], rtol=1e-3, atol=1e-3)
+        assert torch.equal(stats[..., :4], want[2][..., :4])
+
+
+@pytest.mark.parametrize("rule", ["dense", "marginal-.02", "coverage-.95-bold"])
+def test_rows_do_not_depend_on_batch_or_threads(rule: str, isa: str) -> None:
+    """Bit for bit: batching and the number of threads must not change greedy outputs."""
+    case = Case(torch.bfloat16, 128, 16, 2, 4, (1500, 40, 1030))
+    batch = make_batch(case)
+    log_mass = estimates(batch)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(decode(batch, log_mass, RULES[rule], "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+    for row in range(3):
+        alone = Batch(
+            Case(*[*vars(case).values()][:5], (case.lens[row],)),
+            batch.q[row : row + 1],
+            batch.k,
+            batch.v,
+            batch.page_table[row : row + 1],
+            batch.seq_lens[row : row + 1],
+        )
+        single = decode(alone, log_mass[row : row + 1], RULES[rule], "cpu")
+        for a, b in zip(results[0], single, strict=True):
+            assert torch.equal(a[row : row + 1], b)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"mode": 3}, "mode"),
+        ({"threshold": float("nan")}, "threshold"),
+        ({"log_mass": None}, "log_mass"),
+        ({"seq_len": 65}, "seq_lens"),
+        ({"seq_len": -1}, "seq_lens"),
+        ({"page": 10**6}, "pool"),
+        ({"page": -1}, "pool"),
+    ],
+)
+def test_bad_rows_are_refused(backend: str, change: dict, match: str) -> None:
+    batch = make_batch(Case(torch.float32, 64, 16, 1, 2, (16,)))
+    batch.page_table = batch.page_table[:, :4].contiguous()
+    if "page" in change:
+        batch.page_table[0, 0] = change["page"]
+    if "seq_len" in change:
+        batch.seq_lens[0] = change["seq_len"]
+    log_mass = None if "log_mass" in change else torch.zeros(1, 2, 4)
+    rule = (change.get("mode", MARGINAL), change.get("threshold", 0.0), 0.0, 0.0)
+    with pytest.raises(ValueError, match=match):
+        decode(batch, log_mass, rule, backend)
