@@ -2,7 +2,8 @@
 
 In the scheduler every decode step leaves one tuple of sums a row in SGLang's ``customized_info``,
 which follows the request's tokens through overlap, retraction and streaming. The tokenizer
-process adds the tuples up into one dictionary for the request so far.
+process adds the tuples up into one dictionary for the request so far. Under tensor parallelism it
+tells of the KV heads of rank 0.
 """
 
 from __future__ import annotations

@@ -166,6 +166,16 @@ REFUSALS: tuple[Refusal, ...] = (
         "the KV pool must have its size from the start: unset SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
     ),
     Refusal(
+        "several tokenizers",
+        lambda a: a.tokenizer_worker_num > 1,
+        "requests' rules and statistics need one tokenizer process: drop --tokenizer-worker-num",
+    ),
+    Refusal(
+        "Rust HTTP server",
+        lambda a: _env_on("SGLANG_RUST_SERVER"),
+        "requests' rules and statistics need SGLang's Python HTTP server: unset SGLANG_RUST_SERVER",
+    ),
+    Refusal(
         "diffusion language models",
         lambda a: a.dllm_algorithm is not None,
         "block diffusion decoding is not supported: drop --dllm-algorithm",

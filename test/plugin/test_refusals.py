@@ -41,6 +41,7 @@ ARGS = dict(
     cuda_graph_config=None,
     cuda_graph_backend_decode=None,
     dllm_algorithm=None,
+    tokenizer_worker_num=1,
     kv_canary="none",
     **dict.fromkeys(SWITCHES, False),
 )
@@ -76,6 +77,8 @@ CASES = {
     "HND layout": [{"env:SGLANG_USE_HND_KVCACHE": "1"}],
     "unified radix tree": [{"env:SGLANG_ENABLE_UNIFIED_RADIX_TREE": "true"}],
     "KV sizing after capture": [{"env:SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "1"}],
+    "several tokenizers": [{"tokenizer_worker_num": 2}],
+    "Rust HTTP server": [{"env:SGLANG_RUST_SERVER": "1"}],
     "diffusion language models": [{"dllm_algorithm": "x"}],
     "mixed chunk": [{"enable_mixed_chunk": True}],
     "hierarchical cache": [{"enable_hierarchical_cache": True}],
