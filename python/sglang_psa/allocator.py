@@ -17,6 +17,8 @@ class CpuPagedAllocator(PagedTokenToKVPoolAllocator):
     dtype differs between the two callers (int64 on extend, int32 on decode).
     """
 
+    free_pages: torch.Tensor
+
     def alloc_extend(
         self,
         prefix_lens: torch.Tensor,

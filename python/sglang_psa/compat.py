@@ -13,13 +13,14 @@ import os
 import sys
 from typing import Any
 
-from sglang_psa import state
-
 logger = logging.getLogger(__name__)
 
 #: SGLang versions that every hook was run with: lowest included, highest included.
 TESTED = ("0.5.17", "0.5.17")
 ALLOW_UNTESTED = "SGL_PSA_ALLOW_UNTESTED_SGLANG"
+
+#: Install the hooks of every process kind: for tools that run the model in the main process.
+every_process_kind = False
 
 #: Functions and classes that hooks wrap.
 CHECK_SERVER_ARGS = "sglang.srt.server_args.ServerArgs.check_server_args"
@@ -155,7 +156,7 @@ def process_kinds() -> frozenset[str]:
     A scheduler process is one whose plugins are loaded by SGLang's scheduler entry function; the
     process tree does not tell, because users may start an engine in a child process of their own.
     """
-    if state.every_process_kind:
+    if every_process_kind:
         return frozenset({"main", "scheduler"})
     frame = sys._getframe()
     while frame is not None:

@@ -71,6 +71,4 @@ def _refuse_psa(error: Exception) -> None:
     if "psa" not in compat.attention_backend_choices:
         compat.add_attention_backend_choices(["psa"])
     compat.register_attention_backend("psa")(refuse_backend)
-    compat.HookRegistry.register(
-        compat.CHECK_SERVER_ARGS, refuse_arguments, compat.HookType.AFTER
-    )
+    compat.HookRegistry.register(compat.CHECK_SERVER_ARGS, refuse_arguments, compat.HookType.AFTER)

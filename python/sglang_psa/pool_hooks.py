@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sgl_psa.config import PSAConfig
+from sgl_psa.scorers import Scorer
 from sgl_psa.scorers.hybrid import HybridScorer
 from sgl_psa.scorers.sketch import SketchScorer
 from sglang_psa import compat
@@ -47,8 +48,8 @@ def add_summary_bytes(cell: int, sizer: Any, configurator: Any, num_layers: int)
 
 def summary_bytes(config: PSAConfig, page_size: int, head_dim: int) -> int:
     """Bytes of one page's summary of one KV head."""
-    scorer = {"sketch": SketchScorer, "hybrid": HybridScorer}[config.scorer]
-    return scorer.page_bytes(page_size, head_dim, config.sketch_bits)
+    scorers: dict[str, type[Scorer]] = {"sketch": SketchScorer, "hybrid": HybridScorer}
+    return scorers[config.scorer].page_bytes(page_size, head_dim, config.sketch_bits)
 
 
 def no_fused_store(enabled: bool, *args: Any, **kwargs: Any) -> bool | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-from sglang_psa import state
+from sglang_psa import compat
 
 USAGE = "usage: python -m sglang_psa.run MODULE [ARGS...]   e.g. sglang.bench_one_batch --help"
 
@@ -19,9 +19,7 @@ def main(argv: list[str]) -> None:
     """Run ``argv[0]`` as ``__main__`` with the remaining arguments."""
     if not argv or argv[0].startswith("-"):
         sys.exit(USAGE)
-    from sglang_psa import compat
-
-    state.every_process_kind = True
+    compat.every_process_kind = True
     compat.load_plugins()
     sys.argv = argv
     runpy.run_module(argv[0], run_name="__main__", alter_sys=True)

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 #: start-up check raises this when the psa backend is asked for.
 registration_error: Exception | None = None
 
-#: Install the hooks of every process kind: for tools that run the model in the main process.
-every_process_kind: bool = False
-
 _backend: PSAAttentionBackend | None = None
 
 
