@@ -6,7 +6,7 @@ were read to choose pages, so a fraction is of everything that dense attention w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ class ReadCounts:
 
     def add(self, other: ReadCounts) -> None:
         """Add ``other`` to this, in place."""
-        for name in self.__dataclass_fields__:
+        for name in (f.name for f in fields(self)):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,15 +75,15 @@ class StepStats:
 
     def layer(self, index: int) -> ReadCounts:
         """Counts of one layer, all rows."""
-        return _counts(self.table[index].sum(0))
+        return _counts(self.table[index].sum(0).tolist())
 
     def row(self, index: int) -> ReadCounts:
         """Counts of one row, all layers."""
-        return _counts(self.table[:, index].sum(0))
+        return _counts(self.table[:, index].sum(0).tolist())
 
 
-def _counts(sums: torch.Tensor) -> ReadCounts:
-    visits, pages, total, read, dense, rounds, coverage, stale = sums.tolist()
+def _counts(sums: list[float]) -> ReadCounts:
+    visits, pages, total, read, dense, rounds, coverage, stale = sums
     return ReadCounts(
         int(visits), int(pages), int(total), int(read), int(dense), rounds, coverage, int(stale)
     )
@@ -105,7 +105,7 @@ def step_stats(
     x = columns.to(torch.float64)
     lens = seq_lens.to(torch.float64)[None, :, None].expand(x.shape[:3])
     real = (lens > 0).to(torch.float64)
-    fields = [
+    columns_out = [
         real,
         x[..., PAGES],
         torch.ceil(lens / page_size),
@@ -115,34 +115,32 @@ def step_stats(
         x[..., COVERAGE],
         x[..., STALE],
     ]
-    return StepStats((torch.stack(fields, -1) * real[..., None]).sum(2), sparse_rows)
+    return StepStats((torch.stack(columns_out, -1) * real[..., None]).sum(2), sparse_rows)
 
 
-@dataclass
 class PSAStats:
-    """Totals of a server (one tensor-parallel rank) since start or the last reset."""
+    """Totals of a server (one tensor-parallel rank) since start; kept where the steps' are."""
 
-    num_layers: int
-    layers: list[ReadCounts] = field(default_factory=list)
-    decode_steps: int = 0
-    sparse_rows: int = 0
-
-    def __post_init__(self) -> None:
-        self.layers = self.layers or [ReadCounts() for _ in range(self.num_layers)]
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self.decode_steps = 0
+        self.sparse_rows = 0
+        self._table = torch.zeros(num_layers, len(fields(ReadCounts)), dtype=torch.float64)
 
     def add(self, step: StepStats) -> None:
         """Account one decode step."""
         self.decode_steps += 1
         self.sparse_rows += step.sparse_rows
-        for index, total in enumerate(self.layers):
-            total.add(step.layer(index))
+        self._table = self._table.to(step.table.device) + step.table.sum(1)
+
+    @property
+    def layers(self) -> list[ReadCounts]:
+        """Counts of each layer."""
+        return [_counts(row) for row in self._table.tolist()]
 
     def total(self) -> ReadCounts:
         """Counts over all layers."""
-        counts = ReadCounts()
-        for layer in self.layers:
-            counts.add(layer)
-        return counts
+        return _counts(self._table.sum(0).tolist())
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of ``GET /psa/stats``."""
