@@ -27,6 +27,7 @@ CHECK_SERVER_ARGS = "sglang.srt.server_args.ServerArgs.check_server_args"
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 SUPPORT_TRITON = "sglang.srt.utils.common.support_triton"
 INIT_MODEL_PARALLEL_GROUP = "sglang.srt.distributed.parallel_state.init_model_parallel_group"
+INIT_CPU_THREADS = "sglang.srt.distributed.bootstrap._init_cpu_threads_env"
 ALLOCATE_TOKEN_BITMASK = "sglang.srt.constrained.xgrammar_backend._allocate_token_bitmask"
 APPLY_VOCAB_MASK = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask"
 APPLY_TOKEN_CONSTRAINTS = (

@@ -5,6 +5,7 @@ They are registered only when this package's CPU platform is the active one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,36 @@ def init_model_parallel_group(original: Callable[..., Any], *args: Any, **kwargs
     kwargs["use_pynccl"] = False
     kwargs["use_custom_allreduce"] = False
     return original(*args, **kwargs)
+
+
+def use_own_cores(result: None, *, local_omp_cpuid: str, **kwargs: Any) -> None:
+    """Keep a rank on its cores: SGLang binds threads only where it has its AMX kernels.
+
+    Args:
+        local_omp_cpuid: this rank's part of ``SGLANG_CPU_OMP_THREADS_BIND``, such as ``0-3,8``.
+    """
+    if defaults.OMP_BIND not in os.environ:
+        return
+    import torch
+
+    cores = parse_cores(local_omp_cpuid) & os.sched_getaffinity(0)
+    if not cores:
+        raise ValueError(
+            f"{defaults.OMP_BIND}: none of the cores {local_omp_cpuid!r} may be used by this "
+            f"process, which has {sorted(os.sched_getaffinity(0))}"
+        )
+    os.sched_setaffinity(0, cores)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(cores))
+
+
+def parse_cores(text: str) -> set[int]:
+    """Core numbers of a list such as ``0-3,8``."""
+    cores: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores
 
 
 def allocate_token_bitmask(vocab_size: int, batch_size: int) -> Any:
@@ -66,6 +97,7 @@ HOOKS = (
             init_model_parallel_group,
             Kind.AROUND,
         ),
+        Hook("cores of a rank", compat.INIT_CPU_THREADS, use_own_cores, Kind.AFTER),
         Hook(
             "unpinned grammar bitmask",
             compat.ALLOCATE_TOKEN_BITMASK,

@@ -125,8 +125,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "KV cache dtype",
-        lambda a: a.kv_cache_dtype not in (None, "auto", "bfloat16", "bf16"),
-        "quantised KV caches are not supported: use --kv-cache-dtype auto",
+        lambda a: a.kv_cache_dtype not in (None, "auto"),
+        "KV is kept in the model's own type: use --kv-cache-dtype auto",
     ),
     Refusal(
         "disaggregation",

@@ -83,6 +83,51 @@ def test_a_given_binding_is_kept(on_cpu, monkeypatch):
     assert os.environ[defaults.OMP_BIND] == "0|7"
 
 
+@pytest.mark.parametrize(
+    "text, cores", [("3", {3}), ("0-3", {0, 1, 2, 3}), ("0,2-3,9", {0, 2, 3, 9})]
+)
+def test_core_lists(text, cores):
+    assert platform_hooks.parse_cores(text) == cores
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """A process on cores 0..3 whose binding and thread number are only recorded."""
+    seen = {}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: seen.update(cores=cores))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: seen.update(threads=n))
+    monkeypatch.setenv(defaults.OMP_BIND, "set")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return seen
+
+
+def bind(text):
+    platform_hooks.use_own_cores(None, tp_size=2, tp_rank=1, local_omp_cpuid=text)
+
+
+def test_a_rank_stays_on_its_cores(process):
+    bind("2-3,7")
+    assert process == {"cores": {2, 3}, "threads": 2}
+
+
+def test_a_given_thread_number_is_kept(process, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    bind("2-3")
+    assert process == {"cores": {2, 3}}
+
+
+def test_without_a_binding_nothing_is_bound(process, monkeypatch):
+    monkeypatch.delenv(defaults.OMP_BIND)
+    bind("2-3")
+    assert process == {}
+
+
+def test_cores_of_others_are_an_error(process):
+    with pytest.raises(ValueError, match=r"'8-9'.*\[0, 1, 2, 3\]"):
+        bind("8-9")
+
+
 def test_triton_is_off_for_psa_alone():
     assert platform_hooks.support_triton(lambda name: True, "psa") is False
     assert platform_hooks.support_triton(lambda name: "asked", "triton") == "asked"
