@@ -1,7 +1,5 @@
 """Fixtures of the kernel tests."""
 
-from collections.abc import Iterator
-
 import pytest
 from sgl_psa_kernels._native import call
 from sgl_psa_kernels._native.build import build_cached
@@ -9,13 +7,27 @@ from sgl_psa_kernels._native.isa import ISAS, supported
 from sgl_psa_kernels._native.loader import open_library
 
 
+@pytest.fixture(params=[*(f"cpu-{isa.name}" for isa in ISAS), "torch"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every implementation but the reference: "cpu" once per instruction set, and "torch"."""
+    name, _, instructions = request.param.partition("-")
+    if instructions:
+        bind(instructions, monkeypatch)
+    return name
+
+
 @pytest.fixture(params=[isa.name for isa in ISAS])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs the test once per instruction set, with backend "cpu" bound to it."""
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Backend "cpu" once per instruction set."""
+    bind(request.param, monkeypatch)
+    return request.param
+
+
+def bind(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make backend "cpu" use the library of an instruction set."""
     by_name = {isa.name: isa for isa in supported()}
-    if request.param not in by_name:
-        pytest.skip(f"this CPU has no {request.param}")
-    library = open_library(build_cached(by_name[request.param]))
-    assert library.psa_isa().decode() == request.param
+    if instructions not in by_name:
+        pytest.skip(f"this CPU has no {instructions}")
+    library = open_library(build_cached(by_name[instructions]))
+    assert library.psa_isa().decode() == instructions
     monkeypatch.setattr(call, "load", lambda: library)
-    yield request.param

@@ -37,10 +37,10 @@ def batch_and_arguments():
 
 
 def test_unknown_backend_names_the_choices() -> None:
-    assert BACKENDS == ("reference", "cpu")
+    assert BACKENDS == ("reference", "torch", "cpu")
     _, arguments = batch_and_arguments()
     arguments["backend"] = "cuda"
-    with pytest.raises(ValueError, match=r"unknown backend 'cuda'.*'reference', 'cpu'"):
+    with pytest.raises(ValueError, match=r"unknown backend 'cuda'.*'reference', 'torch', 'cpu'"):
         progressive_decode(**arguments)
     x = torch.zeros(1, 1, 16)
     with pytest.raises(ValueError, match="unknown backend"):

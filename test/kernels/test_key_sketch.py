@@ -1,9 +1,11 @@
 """Key sketches: C++ against the reference, and the reference against its definition."""
 
+from functools import cache
+
 import pytest
 import torch
 from kernel_cases import CASES, Batch, Case, make_batch
-from sgl_psa_kernels import key_sketch
+from sgl_psa_kernels import BACKENDS, key_sketch
 from sgl_psa_kernels.key_sketch.packing import BITS, pack, packed_bytes, unpack
 
 
@@ -73,11 +75,19 @@ def test_reference_one_bit_keeps_mean_and_mean_deviation() -> None:
     assert ((codes == 1) == (keys > mean[:, None])).float().mean() > 0.99
 
 
+@cache
+def solved(case: Case, bits: int):
+    """Batch, reference sketches and exact scores; shared by the implementations under test."""
+    batch = make_batch(case)
+    codes, affine = make_sketch(batch, bits, "reference")
+    exact = score(batch, codes, affine, bits, "reference", q=batch.q.double())
+    return batch, codes, affine, exact
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_write_matches_reference(case: Case, bits: int, isa: str) -> None:
-    batch = make_batch(case)
-    want_codes, want_affine = make_sketch(batch, bits, "reference")
+    batch, want_codes, want_affine, _ = solved(case, bits)
     codes, affine = make_sketch(batch, bits, "cpu")
     if bits == 1:
         # Sums may round differently: neighbouring halves, and codes of elements at the mean.
@@ -90,11 +100,9 @@ def test_write_matches_reference(case: Case, bits: int, isa: str) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_score_matches_float64(case: Case, bits: int, isa: str) -> None:
-    batch = make_batch(case)
-    codes, affine = make_sketch(batch, bits, "reference")
-    exact = score(batch, codes, affine, bits, "reference", q=batch.q.double())
-    got = score(batch, codes, affine, bits, "cpu")
+def test_score_matches_float64(case: Case, bits: int, backend: str) -> None:
+    batch, codes, affine, exact = solved(case, bits)
+    got = score(batch, codes, affine, bits, backend)
     # The query is rounded to 16 bits: half a step per element, times scale * code.
     step = batch.sm_scale * batch.q.abs().amax(2).double() / 32767
     reach = affine[..., 0].double() * unpack(codes, bits).sum(-1, dtype=torch.float64)
@@ -111,7 +119,7 @@ def test_score_matches_float64(case: Case, bits: int, isa: str) -> None:
         assert (error <= bound).all(), float((error - bound).max())
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_watermark_below_the_fill_gives_infinity(backend: str) -> None:
     case = Case(torch.bfloat16, 64, 16, 2, 2, (40, 33))
     batch = make_batch(case)
@@ -127,7 +135,7 @@ def test_watermark_below_the_fill_gives_infinity(backend: str) -> None:
     assert (got[0, :, 1] > 0).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_estimates_that_are_no_numbers_become_infinity(backend: str, broken: float) -> None:
     batch = make_batch(Case(torch.float32, 64, 16, 1, 2, (64,)))
@@ -148,7 +156,7 @@ def test_inactive_rows_are_not_read() -> None:
     torch.testing.assert_close(got[0, :, :3], want[0, :, :3], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_constant_keys_have_code_zero(backend: str) -> None:
     batch = make_batch(Case(torch.float32, 64, 16, 1, 2, (16,)))
     # Not a half: the stored zero differs from the keys, and the scale is 0.

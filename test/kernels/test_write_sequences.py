@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sgl_psa_kernels import key_sketch, page_summary
+from sgl_psa_kernels import BACKENDS, key_sketch, page_summary
 from sgl_psa_kernels.key_sketch.packing import BITS, packed_bytes
 
 PAGE_SIZE = 8
@@ -35,7 +35,7 @@ def record(k, slots, pages, fill, tables, bits: int, backend: str) -> None:
     page_summary.update(k, pages, fill, summary, page_size=PAGE_SIZE, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=30, deadline=None)
 @given(steps=STEPS, bits=st.sampled_from(BITS), seed=st.integers(0, 2**31))
 def test_history_does_not_matter(backend: str, steps, bits: int, seed: int) -> None:
