@@ -55,9 +55,9 @@ class PSAServerArgs(ServerArgs):
         try:
             self._resolve_psa_config()
             refusals.check(self)
+            model_folder.check(self.model_path, weights=self.load_format != "dummy")
         except ValueError as error:
             raise StartUpError(str(error)) from None
-        model_folder.check(self.model_path, weights=self.load_format != "dummy")
         defaults.apply_cpu_defaults(self)
         defaults.apply_psa_defaults(self)
         super().__post_init__()
