@@ -20,7 +20,6 @@ CONTEXT = 8192
 COMMON: dict[str, Any] = {
     "dtype": "float32",
     "page_size": PAGE,
-    "chunked_prefill_size": CHUNK,
     "mem_fraction_static": 0.3,
     "sleep_on_idle": True,
     "log_level": "info",
@@ -74,6 +73,7 @@ def server(model: Path, logs: Path) -> Iterator[Server]:
         max_total_tokens=49152,
         enable_metrics=True,
         enable_cache_report=True,
+        chunked_prefill_size=CHUNK,
         **COMMON,
         **PSA,
     )
@@ -83,10 +83,11 @@ def server(model: Path, logs: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def uncached(model: Path, logs: Path) -> Iterator[Engine]:
-    """``sgl.Engine`` without prefix cache, otherwise set as ``server``: the run to compare with."""
+    """``sgl.Engine`` without prefix cache: the run to compare with. Chunks hold whole prompts."""
     options = {
         "model_path": str(model),
         "disable_radix_cache": True,
+        "chunked_prefill_size": CONTEXT,
         "max_total_tokens": 49152,
         **COMMON,
         **PSA,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from test.server.compare import assert_same, tokens
-from test.server.conftest import COMMON, PAGE, PSA, flags, running
+from test.server.conftest import CHUNK, COMMON, PAGE, PSA, flags, running
 from test.server.process import Engine, Server
 from test.server.prompts import Prompts
 
@@ -33,6 +33,7 @@ def small(model: Path, logs: Path) -> Iterator[Server]:
         model_path=model,
         max_total_tokens=POOL,
         context_length=CONTEXT,
+        chunked_prefill_size=CHUNK,
         max_running_requests=8,
         **COMMON,
         **PSA,

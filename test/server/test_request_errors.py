@@ -14,7 +14,8 @@ pytestmark = pytest.mark.server
 BAD_RULES: dict[str, tuple[dict[str, Any], str]] = {
     "coverage 0": ({"psa_coverage": 0}, "psa_coverage=0: expected a number > 0 and <= 1"),
     "coverage above 1": ({"psa_coverage": 1.01}, "psa_coverage=1.01: expected"),
-    "coverage NaN": ({"psa_coverage": float("nan")}, "psa_coverage"),
+    "coverage NaN": ({"psa_coverage": float("nan")}, "expected a JSON value"),
+    "coverage NaN as text": ({"psa_coverage": "nan"}, "psa_coverage='nan': expected a number"),
     "coverage text": ({"psa_coverage": "most"}, "psa_coverage='most': expected"),
     "coverage boolean": ({"psa_coverage": True}, "psa_coverage=True: expected"),
     "delta 1": ({"psa_delta": 1}, "psa_delta=1: expected a number >= 0 and < 1"),

@@ -37,7 +37,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 16,
         "v_head_dim": 32,
         "num_key_value_heads": 4,
-        "n_routed_experts": None,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
     },
     "windowed": {
         **LLAMA,
