@@ -190,7 +190,7 @@ def test_illegal_combination_is_refused_before_the_model_is_read():
 
 
 def test_missing_model_folder_is_named():
-    with pytest.raises(ValueError, match="'/no/such/model' does not exist"):
+    with pytest.raises(StartUpError, match="'/no/such/model' does not exist"):
         parse("--model-path", "/no/such/model", "--attention-backend", "psa")
 
 
