@@ -50,11 +50,21 @@ def on_psa_cpu_platform() -> bool:
     return isinstance(current_platform, PSACpuPlatform)
 
 
+_our_binding: str | None = None
+
+
 def _bind_threads(tp_size: int) -> None:
-    """Share the cores among tensor-parallel ranks; SGLang by itself asks for a node a rank."""
+    """Share the cores among tensor-parallel ranks; SGLang by itself asks for a node a rank.
+
+    The variable outlives an engine, so a binding of ours is taken back for the next one.
+    """
+    global _our_binding
+    if os.environ.get(OMP_BIND) == _our_binding:
+        os.environ.pop(OMP_BIND, None)
     if tp_size <= 1 or OMP_BIND in os.environ:
         return
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // tp_size)
     ranks = [cores[i * share % len(cores) :][:share] for i in range(tp_size)]
-    os.environ[OMP_BIND] = "|".join(",".join(map(str, r)) for r in ranks)
+    _our_binding = "|".join(",".join(map(str, r)) for r in ranks)
+    os.environ[OMP_BIND] = _our_binding

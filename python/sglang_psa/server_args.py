@@ -61,6 +61,11 @@ class PSAServerArgs(ServerArgs):
         defaults.apply_cpu_defaults(self)
         defaults.apply_psa_defaults(self)
         super().__post_init__()
+        if not uses_psa(self):
+            raise StartUpError(
+                f"SGLang runs this model with the {self.attention_backend!r} attention backend "
+                "only: serve it without --attention-backend psa"
+            )
         self._refuse_illegal()
 
     def check_server_args(self) -> None:

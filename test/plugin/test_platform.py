@@ -77,6 +77,14 @@ def test_ranks_share_the_cores(on_cpu, monkeypatch, tp_size, bind):
         assert found == bind
 
 
+def test_a_binding_of_ours_does_not_outlive_its_engine(on_cpu):
+    for tp_size, ranks in ((2, 2), (4, 4), (2, 2)):
+        defaults.apply_cpu_defaults(arguments(tp_size=tp_size))
+        assert os.environ[defaults.OMP_BIND].count("|") == ranks - 1
+    defaults.apply_cpu_defaults(arguments(tp_size=1))
+    assert defaults.OMP_BIND not in os.environ
+
+
 def test_a_given_binding_is_kept(on_cpu, monkeypatch):
     monkeypatch.setenv(defaults.OMP_BIND, "0|7")
     defaults.apply_cpu_defaults(arguments(tp_size=2))

@@ -215,6 +215,18 @@ def test_registration_failure_stops_psa_and_nothing_else(monkeypatch):
     parse(*BASE, "--attention-backend", "torch_native", "--device", "cpu")
 
 
+def test_a_model_that_forces_another_backend_is_not_served_without_psa(monkeypatch):
+    original = PSAServerArgs.__base__._handle_attention_backend_compatibility
+
+    def force(self):
+        original(self)
+        self.attention_backend = "triton"
+
+    monkeypatch.setattr(PSAServerArgs.__base__, "_handle_attention_backend_compatibility", force)
+    with pytest.raises(StartUpError, match="'triton' attention backend only"):
+        parse(*PSA)
+
+
 def test_check_verifies_the_hooks(monkeypatch):
     args, calls = parse(*PSA), []
     monkeypatch.setattr(module.hooks, "verify", lambda: calls.append(1))
