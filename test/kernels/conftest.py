@@ -1,10 +1,22 @@
 """Fixtures of the kernel tests."""
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from sgl_psa_kernels._native import call
 from sgl_psa_kernels._native.build import build_cached
 from sgl_psa_kernels._native.isa import ISAS, supported
 from sgl_psa_kernels._native.loader import open_library
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: threads would only wait for each other. The tests of threads set their own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=[*(f"cpu-{isa.name}" for isa in ISAS), "torch"])

@@ -51,7 +51,11 @@ inline void write_head(const PsaDecodeArgs& a, int64_t at, const HeadState& st, 
   const int D = a.rows.head_dim;
   T* out = static_cast<T*>(a.out) + at * D;
   const float scale = 1.0f / st.l[g];
-  for (int d = 0; d < D; d++) store1(out + d, st.acc[(size_t)g * D + d] * scale);
+  const float* acc = st.acc + (size_t)g * D;
+  int d = 0;
+  for (; d + 2 * LANES <= D; d += 2 * LANES)
+    store_pair(out + d, {loadu<F>(acc + d) * scale, loadu<F>(acc + d + LANES) * scale});
+  for (; d < D; d++) store1(out + d, acc[d] * scale);
   a.lse[at] = st.log_mass(g);
 }
 

@@ -34,6 +34,7 @@ typedef int32_t I __attribute__((vector_size(LANES * 4)));
 typedef uint32_t U __attribute__((vector_size(LANES * 4)));
 typedef uint16_t H __attribute__((vector_size(LANES * 2)));  // LANES halves
 typedef int16_t S __attribute__((vector_size(LANES * 4)));   // 2 * LANES shorts
+typedef uint8_t Bytes __attribute__((vector_size(LANES * 2)));  // 2 * LANES bytes
 typedef float F4 __attribute__((vector_size(16)));
 typedef int32_t I4 __attribute__((vector_size(16)));
 
@@ -71,8 +72,6 @@ inline void prefetch_range(const void* p, int64_t bytes) {
 }
 
 #if PSA_WIDTH == 512
-inline float hmax(F a) { return _mm512_reduce_max_ps((__m512)a); }
-inline float hsum(F a) { return _mm512_reduce_add_ps((__m512)a); }
 inline F4 fold(__m512 x) {
   __m256 y = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
   return (F4)_mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
@@ -96,7 +95,19 @@ inline I4 hsum4(I a, I b, I c, I d) {
                                 _mm512_unpackhi_epi32((__m512i)c, (__m512i)d));
   return fold(_mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd)));
 }
+// maxima of the lanes of four vectors
+inline F4 hmax4(F a, F b, F c, F d) {
+  __m512 ab = _mm512_max_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b),
+                            _mm512_unpackhi_ps((__m512)a, (__m512)b));
+  __m512 cd = _mm512_max_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d),
+                            _mm512_unpackhi_ps((__m512)c, (__m512)d));
+  __m512 x = _mm512_max_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  __m256 y = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  return (F4)_mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+}
 inline F half_to_float(H h) { return (F)_mm512_cvtph_ps((__m256i)h); }
+inline U widen(H h) { return (U)_mm512_cvtepu16_epi32((__m256i)h); }
+inline S widen(Bytes b) { return (S)_mm512_cvtepu8_epi16((__m256i)b); }
 // a[2i] * b[2i] + a[2i+1] * b[2i+1]
 inline I madd(S a, S b) { return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 #elif PSA_WIDTH == 256
@@ -114,7 +125,17 @@ inline I4 hsum4(I a, I b, I c, I d) {
   return fold(_mm256_hadd_epi32(_mm256_hadd_epi32((__m256i)a, (__m256i)b),
                                 _mm256_hadd_epi32((__m256i)c, (__m256i)d)));
 }
+inline F4 hmax4(F a, F b, F c, F d) {
+  __m256 ab = _mm256_max_ps(_mm256_unpacklo_ps((__m256)a, (__m256)b),
+                            _mm256_unpackhi_ps((__m256)a, (__m256)b));
+  __m256 cd = _mm256_max_ps(_mm256_unpacklo_ps((__m256)c, (__m256)d),
+                            _mm256_unpackhi_ps((__m256)c, (__m256)d));
+  __m256 x = _mm256_max_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  return (F4)_mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+}
 inline F half_to_float(H h) { return (F)_mm256_cvtph_ps((__m128i)h); }
+inline U widen(H h) { return (U)_mm256_cvtepu16_epi32((__m128i)h); }
+inline S widen(Bytes b) { return (S)_mm256_cvtepu8_epi16((__m128i)b); }
 inline I madd(S a, S b) { return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 #else
 #if defined(__SSE2__)
@@ -141,6 +162,8 @@ inline I4 hsum4(I a, I b, I c, I d) {
   return I4{a[0] + a[1] + a[2] + a[3], b[0] + b[1] + b[2] + b[3], c[0] + c[1] + c[2] + c[3],
             d[0] + d[1] + d[2] + d[3]};
 }
+inline U widen(H h) { return __builtin_convertvector(h, U); }
+inline S widen(Bytes b) { return __builtin_convertvector(b, S); }
 // IEEE half by exponent shift: the multiplication makes subnormals right, the test inf and NaN
 inline F half_to_float(H h) {
   U u = __builtin_convertvector(h, U);
@@ -151,16 +174,17 @@ inline F half_to_float(H h) {
 }
 #endif
 
-#if PSA_WIDTH != 512
-inline float hmax(F a) {
-  float m = a[0];
-  for (int i = 1; i < LANES; i++) m = a[i] > m ? a[i] : m;
-  return m;
-}
-inline float hsum(F a) {
-  F4 r = hsum4(a, F{}, F{}, F{});
-  return r[0];
+#if PSA_WIDTH == 128
+inline F4 hmax4(F a, F b, F c, F d) {
+  F4 r;
+  for (int i = 0; i < 4; i++) {
+    const F& x = i == 0 ? a : i == 1 ? b : i == 2 ? c : d;
+    r[i] = std::fmax(std::fmax(x[0], x[1]), std::fmax(x[2], x[3]));
+  }
+  return r;
 }
 #endif
+inline float hmax(F a) { return hmax4(a, a, a, a)[0]; }
+inline float hsum(F a) { return hsum4(a, a, a, a)[0]; }
 
 }  // namespace psa

@@ -24,11 +24,8 @@ inline int num_vectors(int width, int bits) {
   return (width + SHORTS - 1) / SHORTS * planes;
 }
 
-typedef uint8_t Bytes __attribute__((vector_size(SHORTS)));
 typedef uint8_t HalfBytes __attribute__((vector_size(SHORTS / 2)));
 typedef int16_t HalfShorts __attribute__((vector_size(SHORTS)));
-
-inline S widen(Bytes b) { return __builtin_convertvector(b, S); }
 
 // Both halves of the result are the widened bytes.
 inline S widen_twice(HalfBytes b) {

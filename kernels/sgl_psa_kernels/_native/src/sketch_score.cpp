@@ -77,15 +77,25 @@ inline void page_mass(const Scorer& s, const ShortQuery* q, const uint16_t* affi
       storeu(d, inside ? logit : set1(-INF));
     }
   }
-  for (int g = 0; g < s.group; g++) {
-    const float* d = dots + g * s.pitch;
-    F m = loadu<F>(d);
-    for (int t = LANES; t < tokens; t += LANES) m = max(m, loadu<F>(d + t));
-    const float largest = hmax(m);
-    F e{};
-    for (int t = 0; t < tokens; t += LANES) e += exp(loadu<F>(d + t) - largest);
-    top[g * stride] = largest;
-    sum[g * stride] = hsum(e);
+  for (int g = 0; g < s.group; g += 4) {
+    // Four heads share the steps across lanes; behind the last head the first one is repeated.
+    const float* d[4];
+    F m[4], e[4];
+    for (int i = 0; i < 4; i++) {
+      d[i] = dots + (g + i < s.group ? g + i : g) * s.pitch;
+      m[i] = loadu<F>(d[i]);
+      for (int t = LANES; t < tokens; t += LANES) m[i] = max(m[i], loadu<F>(d[i] + t));
+    }
+    const F4 largest = hmax4(m[0], m[1], m[2], m[3]);
+    for (int i = 0; i < 4; i++) {
+      e[i] = exp(loadu<F>(d[i]) - largest[i]);
+      for (int t = LANES; t < tokens; t += LANES) e[i] += exp(loadu<F>(d[i] + t) - largest[i]);
+    }
+    const F4 total = hsum4(e[0], e[1], e[2], e[3]);
+    for (int i = 0; i < 4 && g + i < s.group; i++) {
+      top[(g + i) * stride] = largest[i];
+      sum[(g + i) * stride] = total[i];
+    }
   }
 }
 
