@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from .curriculum import Stage
-from .lines import Kind
 from .prepare import Data
 from .rows import RowMaker, positions
 
 # Loss weight by Kind: ignored, text, answer, chain answer, newline after an answer.
-WEIGHTS = np.array([0.0, 1.0, 3.0, 3.0, 1.0], dtype=np.float32)
+WEIGHTS = np.array([0.0, 1.0, 5.0, 5.0, 2.0], dtype=np.float32)
 
 
 @dataclass
@@ -91,7 +90,3 @@ class BatchQueue:
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
-
-
-def kind_name(kind: Kind) -> str:
-    return kind.name.lower()

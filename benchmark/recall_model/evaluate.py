@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .prepare import Data, prepare
@@ -83,7 +84,8 @@ def measure(scorer: Scorer, maker: ContextMaker, task: Task, length: int, querie
     return cell
 
 
-def evaluate(scorer: Scorer, data: Data, arguments: argparse.Namespace) -> dict[str, Any]:
+def evaluate(scorer: Scorer, data: Data, arguments: argparse.Namespace) -> None:
+    """Measure every cell and write the report as it grows."""
     words = {"in_list": data.lexicon.known, "held_out": data.lexicon.held_out}
     report: dict[str, Any] = {"seed": arguments.seed, "dtype": arguments.dtype, "cells": {},
                               "separator": arguments.separator, "text_perplexity": {}}
@@ -99,10 +101,18 @@ def evaluate(scorer: Scorer, data: Data, arguments: argparse.Namespace) -> dict[
                 report["cells"][f"{name}/{length}/{source}"] = cell
                 print(f"{name}/{length}/{source}: {cell} {time.monotonic() - start:.0f} s",
                       flush=True)
+                write(report, arguments.out)
         if arguments.windows:
             report["text_perplexity"][str(length)] = round(
                 scorer.perplexity(data.validation, length, arguments.windows), 2)
-    return report
+            write(report, arguments.out)
+
+
+def write(report: dict[str, Any], out: Path | None) -> None:
+    """Keep the JSON file complete after every cell."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main() -> None:
@@ -125,11 +135,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
         data = prepare(arguments.data or Path(scratch), arguments.model / "tokenizer.json")
-        report = evaluate(Scorer(arguments.model, getattr(torch, arguments.dtype)), data,
-                          arguments)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        if data.tokenizer.to_str() != Tokenizer.from_file(
+                str(arguments.model / "tokenizer.json")).to_str():
+            raise SystemExit(f"{arguments.data} belongs to another tokenizer")
+        evaluate(Scorer(arguments.model, getattr(torch, arguments.dtype)), data, arguments)
 
 
 if __name__ == "__main__":

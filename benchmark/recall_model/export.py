@@ -71,7 +71,8 @@ def export(checkpoint: Path, tokenizer_folder: Path, out: Path) -> None:
         model_max_length=model.shape.positions, clean_up_tokenization_spaces=False)
     fast.save_pretrained(out)
     settings_file = out / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text()) | {"chat_template": tok.CHAT_TEMPLATE}
+    settings = json.loads(settings_file.read_text()) | {
+        "chat_template": tok.CHAT_TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
     settings_file.write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -65,7 +65,7 @@ class Store:
     rng: random.Random
     lexicon: Lexicon
     draw_word: Callable[[], Word]
-    word_counts: tuple[float, float, float] = (0.35, 0.55, 0.10)
+    word_counts: tuple[float, float, float] = (0.3, 0.58, 0.12)
     style: str = ""
     entries: dict[Key, Entry] = field(default_factory=dict)
     _prefixes: set[Key] = field(default_factory=set)

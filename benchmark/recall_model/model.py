@@ -35,7 +35,7 @@ class Shape:
     kv_heads: int = 2
     head_dim: int = 64
     hidden: int = 576
-    rope_theta: float = 2_000_000.0
+    rope_theta: float = 500_000_000.0
     positions: int = 16384
     norm_eps: float = 1e-5
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,31 +27,44 @@ def orthogonalise(stack: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.mT if tall else x).float()
 
 
-class Muon:
-    """Nesterov momentum over stacks of equally shaped matrices."""
+@dataclass
+class _Stack:
+    """Equally shaped matrices, the factor of the rate for each, and their momentum."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype,
+    parameters: list[nn.Parameter]
+    factors: list[float]
+    momentum: Tensor
+
+
+class Muon:
+    """Nesterov momentum over stacks of equally shaped matrices, given as (matrix, factor)."""
+
+    def __init__(self, matrices: Iterable[tuple[nn.Parameter, float]], dtype: torch.dtype,
                  weight_decay: float = 0.02) -> None:
         self.weight_decay, self.dtype = weight_decay, dtype
-        self._groups: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for parameter in parameters:
-            self._groups.setdefault(tuple(parameter.shape), []).append(parameter)
-        self._momentum = {shape: torch.zeros(len(group), *shape)
-                          for shape, group in self._groups.items()}
+        groups: dict[tuple[int, ...], list[tuple[nn.Parameter, float]]] = {}
+        for matrix, factor in matrices:
+            groups.setdefault(tuple(matrix.shape), []).append((matrix, factor))
+        self._stacks = {
+            shape: _Stack([m for m, _ in group], [f for _, f in group],
+                          torch.zeros(len(group), *shape))
+            for shape, group in groups.items()}
 
     @torch.no_grad()
     def step(self, rate: float, momentum: float) -> None:
-        for shape, group in self._groups.items():
-            gradient = torch.stack([p.grad for p in group if p.grad is not None])
-            average = self._momentum[shape].lerp_(gradient, 1 - momentum)
+        for shape, stack in self._stacks.items():
+            gradient = torch.stack([p.grad for p in stack.parameters if p.grad is not None])
+            average = stack.momentum.lerp_(gradient, 1 - momentum)
             update = orthogonalise(gradient.lerp(average, momentum), self.dtype)
             update *= max(1.0, shape[0] / shape[1]) ** 0.5
-            for parameter, change in zip(group, update, strict=True):
-                parameter.mul_(1 - rate * self.weight_decay).add_(change, alpha=-rate)
+            for parameter, factor, change in zip(
+                    stack.parameters, stack.factors, update, strict=True):
+                step = rate * factor
+                parameter.mul_(1 - step * self.weight_decay).add_(change, alpha=-step)
 
     def state_dict(self) -> dict[tuple[int, ...], Tensor]:
-        return self._momentum
+        return {shape: stack.momentum for shape, stack in self._stacks.items()}
 
     def load_state_dict(self, state: dict[tuple[int, ...], Tensor]) -> None:
         for shape, value in state.items():
-            self._momentum[shape].copy_(value)
+            self._stacks[shape].momentum.copy_(value)

@@ -21,16 +21,19 @@ from .tokenizer import BOS_ID
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of row types and line types in one curriculum stage."""
+    """Shares of row types and line types in one curriculum stage.
+
+    text, needle: of all rows; dense: of the other rows those without text; chain: of set lines in
+    rows that have chains; styled, hard: of rows with separators, with colliding keys; jump: of
+    rows with position jumps, which reach up to max_position.
+    """
 
     text: float
     needle: float
     dense: float
     chain: float
-    copy: float = 0.0
     styled: float = 0.0
     hard: float = 0.5
-    short_keys: bool = False
     max_position: int = 512
     jump: float = 0.3
 
@@ -78,8 +81,6 @@ class RowMaker:
             return self._text_row()
         if choice < self.mix.text + self.mix.needle:
             return self._needle_row()
-        if self.rng.random() < self.mix.copy:
-            return self._copy_row()
         return self._mixed_row(0.0 if self.rng.random() < self.mix.dense
                                else self.rng.uniform(0.2, 0.9))
 
@@ -90,8 +91,7 @@ class RowMaker:
             pool = lexicon.hard_pool(rng)
             draw = lambda: rng.choice(pool)  # noqa: E731
         style = rng.choices(list(STYLES), list(STYLES.values()))[0]
-        counts = (0.7, 0.3, 0.0) if mix.short_keys else (0.3, 0.58, 0.12)
-        return Store(rng, lexicon, draw, counts, style if rng.random() < mix.styled else "")
+        return Store(rng, lexicon, draw, style=style if rng.random() < mix.styled else "")
 
     def _chain_share(self, store: Store) -> float:
         allowed = not store.style and self.rng.random() < 0.55
@@ -109,19 +109,6 @@ class RowMaker:
         row.ids += stream[start:start + self.length - 1].tolist()
         row.kinds += [Kind.TEXT] * (self.length - 1)
         row.starts = sorted(self.rng.sample(range(1, self.length), 4))
-        return row
-
-    def _copy_row(self) -> Row:
-        """Lines of random words and numbers, each repeated: plain induction."""
-        row, lexicon, rng = Row(self.length), self.data.lexicon, self.rng
-        while row.room > 0:
-            ids = [self.newline]
-            for _ in range(rng.randint(4, 24)):
-                ids += (lexicon.open_word(rng) if rng.random() < 0.75
-                        else [rng.choice(lexicon.numbers)])
-            row.put(Line.of((ids, Kind.IGNORED)), self.newline)
-            for _ in range(rng.randint(1, 3)):
-                row.put(Line.of((ids[:3], Kind.IGNORED), (ids[3:], Kind.ANSWER)), self.newline)
         return row
 
     def _needle_row(self) -> Row:
@@ -147,7 +134,7 @@ class RowMaker:
     def _mixed_row(self, text_share: float) -> Row:
         """Set lines and queries everywhere, with text_share of the tokens ordinary text."""
         row, store, rng = Row(self.length), self._store(), self.rng
-        chain, asking = self._chain_share(store), rng.uniform(0.3, 0.65)
+        chain, asking = self._chain_share(store), rng.uniform(0.3, 0.75)
         text_tokens, keys = 0, list[Key]()
         while row.room > 0:
             if text_tokens < text_share * len(row.ids):

@@ -1,10 +1,17 @@
-"""Constructed initial weights: the model starts with working multi-token induction.
+"""Constructed initial weights: before any training the model already completes set lines.
 
-Layer 0: head j reads the token j places back (rotated constant queries against constant keys)
-and writes a projection of it into its own subspace.  Layers 1 and 2: heads match what the
-current place knows about tokens 0..n-1 back with what a candidate knows about tokens 1..n back,
-and copy the candidate's token to the output.  Later layers and all MLPs start as usual.
-Everything is trained afterwards.  The idea follows the induction heads of Olsson et al. 2022.
+The residual stream of `width` coordinates is divided: the first half is the token's code (random,
+of equal length for every token) with one constant coordinate at its end, the second half holds
+four stores, for projections of the codes of the tokens 1, 2, 3 and 4 places back.
+
+Layer 0: head j attends to the token j + 1 places back (constant keys against constant queries
+rotated by the offset) and writes that token's projected code into store j.
+Layer 1: all heads compare (token, stores 1-3) of the current place with (stores 1-4) of every
+earlier place, and copy the code of the token found there to the output: induction over four
+tokens (induction heads: Olsson et al. 2022).  The comparison uses the slowest rotary pairs, which
+hardly turn within the context.
+Layers 2 and up and the MLPs start as usual, and the weights are trained afterwards; only the MLP
+of layer 0 stays at zero, because whatever it writes blurs the codes that layer 1 compares.
 """
 
 from __future__ import annotations
@@ -14,98 +21,155 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .model import Block, RecallModel, Shape
+from .model import Block, RecallModel
 
-OFFSETS = (1, 2, 3, 4)
-_POSITION_PAIRS = 8  # fastest rotary pairs: the sharp place code
-_CONTENT_PAIRS = 20  # slowest rotary pairs: nearly unrotated over the context
+OFFSETS = 4
+BUILT_LAYERS = 2
+# Weights of the fastest rotary pairs in the place code.  The fastest ones count most: the right
+# place must win by more than tokens differ in length.
+_PLACE_WEIGHTS = (3.0, 2.0, 1.5, 1.0, 0.5, 0.5, 0.25, 0.25)
+_CONTENT_PAIRS = 18
 
 
 @dataclass(frozen=True)
 class Strengths:
-    """Sizes of the constructed parts, tuned on the recall accuracy before any training."""
+    """Sizes of the constructed parts, chosen by the recall accuracy before training.
 
-    noise: float = 0.15
-    constant: float = 0.12
-    place: float = 7.0
-    place_write: float = 0.07
-    match: float = 2.4
-    match_deep: float = 3.0
-    copy: float = 0.16
-    marker: float = 0.6
-
-
-def _projection(rows: int, width: int, generator: torch.Generator) -> Tensor:
-    """Orthonormal rows [rows, width] that ignore the last (constant) coordinate."""
-    basis = torch.linalg.qr(torch.randn(width, rows, generator=generator))[0].T.contiguous()
-    basis[:, -1] = 0
-    return basis
-
-
-def _offset_heads(block: Block, shape: Shape, read: Tensor, write: list[Tensor],
-                  strengths: Strengths) -> None:
-    """read [head_dim, width] sees the token; write[j] [head_dim, width] stores offset j + 1."""
-    dim, half, pairs = shape.head_dim, shape.head_dim // 2, _POSITION_PAIRS
-    speed = shape.rope_theta ** (-torch.arange(pairs).float() / half)
-    normed_constant = strengths.constant / (0.04**2 + strengths.constant**2 / shape.width) ** 0.5
-    size = strengths.place / normed_constant
-    for head in range(shape.kv_heads):
-        block.k[head * dim:head * dim + pairs, -1] = size
-        block.v[head * dim:(head + 1) * dim] = read
-    for head, offset in enumerate(OFFSETS[:shape.heads]):
-        start = head * dim
-        block.q[start:start + pairs, -1] = size * torch.cos(offset * speed)
-        block.q[start + half:start + half + pairs, -1] = -size * torch.sin(offset * speed)
-        block.o[:, start:start + dim] = strengths.place_write * write[head].T
-
-
-def _match_heads(block: Block, shape: Shape, depth: int, strength: float, copy: float,
-                 known: list[Tensor], read: list[Tensor], shift: int) -> None:
-    """One constructed head per KV head.
-
-    known[j] [head_dim, width] reads the token j back (j = 0: the token itself); depth of these
-    are matched, each with its share of the content dimensions, taken from row `shift` on.
+    code, spread: standard deviations of the code and of the other coordinates of an embedding;
+    constant: its constant coordinate; constant_share: the share of an embedding's length that this
+    coordinate keeps in training; place, match: square roots of attention score scales;
+    value: gain of the value projections; copy: length of the copied code against the token's own;
+    recency: weight of the comparison with 0, 1, 2, 3 tokens back; marker: likeness of the line
+    markers; noise: scale of the random part of built matrices.
     """
-    dim, half, group = shape.head_dim, shape.head_dim // 2, shape.heads // shape.kv_heads
-    slow = torch.cat((torch.arange(half - _CONTENT_PAIRS, half),
-                      torch.arange(dim - _CONTENT_PAIRS, dim)))
-    for kv in range(shape.kv_heads):
-        query, key = kv * group * dim, kv * dim
-        for j in range(depth):
-            rows = slow[j::depth]
-            part = (torch.arange(len(rows)) + shift + kv * 32) % dim
-            block.q[query + rows] = strength * known[j][part]
-            block.k[key + rows] = strength * known[j + 1][part]
-        block.v[key:key + dim] = read[kv]
-        block.o[:, query:query + dim] = copy * read[kv].T
+
+    code: float = 0.055
+    spread: float = 0.004
+    constant: float = 0.2
+    constant_share: float = 0.26
+    place: float = 12.0
+    match: float = 5.0
+    value: float = 0.25
+    copy: float = 4.0
+    recency: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7)
+    marker: float = 0.85
+    noise: float = 0.1
+
+
+class _Builder:
+    """The division of the residual stream and the projections that layers 0 and 1 share."""
+
+    def __init__(self, model: RecallModel, size: Strengths, seed: int) -> None:
+        self.model, self.size, self.shape = model, size, model.shape
+        self.generator = torch.Generator().manual_seed(seed)
+        self.constant = self.shape.width // 2 - 1
+        self.store = self.shape.width // 2 // OFFSETS
+        codes = torch.randn(self.constant, self.store, generator=self.generator)
+        self.project = torch.linalg.qr(codes)[0].T.contiguous()  # [store, constant]
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def store_start(self, offset: int) -> int:
+        """First coordinate of the store of the token `offset` places back (1 to OFFSETS)."""
+        return self.constant + 1 + (offset - 1) * self.store
+
+    def embedding(self, markers: list[int]) -> None:
+        table, size, split = self.model.embedding, self.size, self.constant
+        codes = self._random(table.shape[0], split)
+        for marker in markers[1:]:
+            codes[marker] = (size.marker * codes[markers[0]]
+                             + (1 - size.marker**2) ** 0.5 * codes[marker])
+        table[:, :split] = codes / codes.norm(dim=1, keepdim=True) * size.code * split**0.5
+        table[:, split] = size.constant
+        rest = self._random(table.shape[0], table.shape[1] - split - 1)
+        table[:, split + 1:] = size.spread * rest
+        self.scale = table.pow(2).sum(1).mean().div(self.shape.width).sqrt().item()
+
+    def offset_heads(self, block: Block) -> None:
+        shape, size, dim = self.shape, self.size, self.shape.head_dim
+        weight = torch.tensor(_PLACE_WEIGHTS).sqrt()
+        pairs, half = len(weight), dim // 2
+        speed = shape.rope_theta ** (-torch.arange(pairs).float() / half)
+        strength = size.place * self.scale / size.constant * weight
+        block.q.zero_()
+        block.k.zero_()
+        for head in range(shape.kv_heads):
+            start = head * dim
+            block.k[start:start + pairs, self.constant] = strength
+            block.v[start:start + self.store] = 0
+            block.v[start:start + self.store, :self.constant] = size.value * self.project
+        for head in range(min(OFFSETS, shape.heads)):
+            start, offset = head * dim, head + 1
+            block.q[start:start + pairs, self.constant] = strength * torch.cos(offset * speed)
+            block.q[start + half:start + half + pairs, self.constant] = (
+                -strength * torch.sin(offset * speed))
+            block.o[:, start:start + self.store] = 0
+            rows = self.store_start(offset) + torch.arange(self.store)
+            block.o[rows, start + torch.arange(self.store)] = self.scale / size.value
+
+    def match_heads(self, block: Block) -> None:
+        shape, size, dim = self.shape, self.size, self.shape.head_dim
+        half, group = dim // 2, shape.heads // shape.kv_heads
+        slow = torch.cat((torch.arange(half - _CONTENT_PAIRS, half),
+                          torch.arange(dim - _CONTENT_PAIRS, dim)))
+        block.q.zero_()
+        block.k.zero_()
+        block.v.zero_()
+        block.o.zero_()
+        share = -(-self.constant // shape.kv_heads)
+        for kv in range(shape.kv_heads):
+            key = kv * dim
+            copied = torch.arange(kv * share, min((kv + 1) * share, self.constant))
+            block.v[key + torch.arange(len(copied)), copied] = size.value
+            for back, weight in enumerate(size.recency):
+                rows = slow[back::OFFSETS]
+                part = (torch.arange(len(rows)) + kv * self.store // shape.kv_heads) % self.store
+                block.k[key + rows, self.store_start(back + 1) + part] = size.match
+                for head in range(kv * group, (kv + 1) * group):
+                    query = head * dim + rows
+                    if back == 0:
+                        block.q[query, :self.constant] = size.match * weight * self.project[part]
+                    else:
+                        block.q[query, self.store_start(back) + part] = size.match * weight
+            for head in range(kv * group, (kv + 1) * group):
+                block.o[copied, head * dim + torch.arange(len(copied))] = (
+                    size.copy * self.scale / size.value / group)
+
+
+@torch.no_grad()
+def hold_constant(model: RecallModel, strengths: Strengths | None = None) -> None:
+    """Give every embedding the same share of its length in the constant coordinate.
+
+    Layer 0 finds places by comparing constants after normalisation: a token with a larger share
+    than its neighbours would draw their attention.  Call it after every optimiser step.
+    """
+    table, at = model.embedding, model.shape.width // 2 - 1
+    squares = table.pow(2).sum(1) - table[:, at].pow(2)
+    share = (strengths or Strengths()).constant_share
+    table[:, at] = share / (1 - share**2) ** 0.5 * squares.sqrt()
 
 
 @torch.no_grad()
 def construct(model: RecallModel, markers: list[int], seed: int = 0,
               strengths: Strengths | None = None) -> None:
-    """Overwrite the random weights of layers 0 to 2 in place.
+    """Overwrite embedding and the attention of layers 0 and 1 in place.
 
-    markers: token ids of '#', '?' and '>', which get a common part so that they match.
+    markers: token ids of '#', '?' and '>', which get similar codes so that lines match.
     """
     size = strengths or Strengths()
-    shape, generator = model.shape, torch.Generator().manual_seed(seed)
-    model.embedding[:, -1] = size.constant
-    shared = model.embedding[markers[0]].clone()
-    for marker in markers[1:]:
-        mixed = size.marker * shared + (1 - size.marker**2) ** 0.5 * model.embedding[marker]
-        mixed[-1] = size.constant
-        model.embedding[marker] = mixed
     blocks = [b for b in model.blocks if isinstance(b, Block)]
-    for block in blocks[:3]:
-        for matrix in (block.q, block.k, block.v, block.o):
-            matrix.mul_(size.noise)
-    dim = shape.head_dim
-    token = _projection(dim, shape.width, generator)
-    stores = _projection(len(OFFSETS) * dim, shape.width, generator)
-    offsets = [stores[j * dim:(j + 1) * dim] for j in range(len(OFFSETS))]
-    known = [token, *offsets]
-    output = _projection(2 * dim, shape.width, generator)
-    read = [output[:dim], output[dim:]]
-    _offset_heads(blocks[0], shape, token, offsets, size)
-    _match_heads(blocks[1], shape, 2, size.match, 0.5 * size.copy, known, read, shift=0)
-    _match_heads(blocks[2], shape, 3, size.match_deep, size.copy, known, read, shift=16)
+    for block in blocks[:BUILT_LAYERS]:
+        block.v.mul_(size.noise)
+        block.o.mul_(size.noise)
+    for name in ("gate", "up", "down", "norm_mlp"):
+        getattr(blocks[0], name).requires_grad_(False)
+    builder = _Builder(model, size, seed)
+    builder.embedding(markers)
+    builder.offset_heads(blocks[0])
+    builder.match_heads(blocks[1])
+
+
+def built_parameters(model: RecallModel) -> set[str]:
+    """Names of the constructed attention matrices."""
+    return {f"blocks.{layer}.{name}" for layer in range(BUILT_LAYERS) for name in "qkvo"}

@@ -82,7 +82,7 @@ class ContextMaker:
             lines.append(store.set_line(task.chain, task.word_share))
             used += len(lines[-1][1].ids)
         row, depth = Row(length), dict[tuple[int, ...], float]()
-        free = max(0, body - used - 2 * len(lines))
+        free = max(0, body - used)
         cuts = sorted(rng.randrange(free + 1) for _ in lines)
         done = 0
         for (key, line), cut in zip(lines, cuts, strict=True):

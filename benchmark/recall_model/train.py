@@ -28,12 +28,14 @@ from .loss import SelectRows, weighted_loss
 from .model import Block, RecallModel, Shape, best_dtype
 from .optim import Muon
 from .prepare import Data, prepare
-from .scaffold import construct
+from .scaffold import built_parameters, construct, hold_constant
 from .threads import AdaptiveThreads
 
-MUON_RATE = 0.01
-EMBEDDING_RATE = 2e-3
-NORM_RATE = 3e-3
+MUON_RATE = 0.005
+BUILT_FACTOR = 0.2  # of MUON_RATE, for constructed matrices
+EMBEDDING_RATE = 6e-4
+CODE_FACTOR = 0.15  # of EMBEDDING_RATE, for the code half of the embedding
+NORM_RATE = 6e-4
 REPORT_SECONDS = 15
 SAVE_SECONDS = 120
 MIN_STAGE_STEPS = 60
@@ -50,10 +52,12 @@ class Trainer:
         self.model = RecallModel(shape, best_dtype())
         construct(self.model, [data.lexicon.symbols[c][0] for c in "#?>"], seed)
         named = list(self.model.named_parameters())
-        self.muon = Muon((p for n, p in named if p.ndim == 2 and n != "embedding"), best_dtype())
+        built = built_parameters(self.model)
+        self.muon = Muon(((p, BUILT_FACTOR if n in built else 1.0) for n, p in named
+                          if p.ndim == 2 and p.requires_grad and n != "embedding"), best_dtype())
         self.adam = torch.optim.AdamW(
-            [{"params": [self.model.embedding], "base": EMBEDDING_RATE},
-             {"params": [p for _, p in named if p.ndim == 1], "base": NORM_RATE}],
+            [{"params": [self.model.embedding]},
+             {"params": [p for _, p in named if p.ndim == 1 and p.requires_grad]}],
             betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.progress = Progress(seed)
         self.threads = AdaptiveThreads(threads)
@@ -88,9 +92,14 @@ class Trainer:
             selected, self.model.embedding, batch.target, batch.weight)
         loss.backward()
         self.muon.step(MUON_RATE * rate, min(0.95, 0.85 + progress.step / 3000))
-        for group in self.adam.param_groups:
-            group["lr"] = group["base"] * rate
-        self.adam.step()
+        for group, base in zip(self.adam.param_groups, (EMBEDDING_RATE, NORM_RATE), strict=True):
+            group["lr"] = base * rate
+        with torch.no_grad():
+            codes = self.model.embedding[:, :self.model.shape.width // 2]
+            before = codes.clone()
+            self.adam.step()
+            codes.lerp_(before, 1 - CODE_FACTOR)
+        hold_constant(self.model)
         self.model.zero_grad(set_to_none=True)
         progress.step += 1
         progress.stage_step += 1
