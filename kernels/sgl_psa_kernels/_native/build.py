@@ -157,5 +157,8 @@ def _run(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-20:])
-        raise BuildError(f"compiling the kernels failed: {shlex.join(command)}\n{tail}")
+        raise BuildError(
+            f"compiling the kernels failed: {shlex.join(command)}\n{tail}\n"
+            "(an older compiler may lack flags; SGL_PSA_CPU_ISA chooses an older instruction set)"
+        )
     return done.stdout
