@@ -45,17 +45,23 @@ def make_batch(data: Data, stage: Stage, seed: int, number: int) -> Batch:
     places = np.zeros((rows, stage.length), np.int64)
     for i in range(rows):
         row = maker.make()
-        ids[i] = row.ids[:stage.length + 1]
-        kinds[i] = row.kinds[:stage.length + 1]
-        places[i] = positions(row, rng, stage.mix)[:stage.length]
+        ids[i] = row.ids[: stage.length + 1]
+        kinds[i] = row.kinds[: stage.length + 1]
+        places[i] = positions(row, rng, stage.mix)[: stage.length]
     kind = kinds[:, 1:].reshape(-1)
     shuffled = np.random.default_rng((seed, number)).permutation(kind.size)
     priority = np.array([2, 1, 0, 0, 0])[kind[shuffled]]
-    chosen = shuffled[np.argsort(priority, kind="stable")[:kind.size // 2]]
-    return Batch(number, stage.length, torch.from_numpy(ids[:, :-1].copy()),
-                 torch.from_numpy(places), torch.from_numpy(chosen),
-                 torch.from_numpy(ids[:, 1:].reshape(-1)[chosen]),
-                 torch.from_numpy(WEIGHTS[kind[chosen]]), kind[chosen])
+    chosen = shuffled[np.argsort(priority, kind="stable")[: kind.size // 2]]
+    return Batch(
+        number,
+        stage.length,
+        torch.from_numpy(ids[:, :-1].copy()),
+        torch.from_numpy(places),
+        torch.from_numpy(chosen),
+        torch.from_numpy(ids[:, 1:].reshape(-1)[chosen]),
+        torch.from_numpy(WEIGHTS[kind[chosen]]),
+        kind[chosen],
+    )
 
 
 class BatchQueue:

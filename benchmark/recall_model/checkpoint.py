@@ -25,13 +25,22 @@ class Progress:
     running: dict[str, float] = field(default_factory=dict)
 
 
-def save(path: Path, model: RecallModel, muon: Muon, adam: torch.optim.Optimizer,
-         progress: Progress) -> None:
+def save(
+    path: Path, model: RecallModel, muon: Muon, adam: torch.optim.Optimizer, progress: Progress
+) -> None:
     """Write beside the target, then rename: a reader never sees half a file."""
     partial = path.with_suffix(".partial")
-    torch.save({"shape": asdict(model.shape), "model": model.state_dict(),
-                "muon": muon.state_dict(), "adam": adam.state_dict(),
-                "progress": asdict(progress), "torch_rng": torch.get_rng_state()}, partial)
+    torch.save(
+        {
+            "shape": asdict(model.shape),
+            "model": model.state_dict(),
+            "muon": muon.state_dict(),
+            "adam": adam.state_dict(),
+            "progress": asdict(progress),
+            "torch_rng": torch.get_rng_state(),
+        },
+        partial,
+    )
     os.replace(partial, path)
 
 
@@ -43,8 +52,7 @@ def load_model(path: Path) -> RecallModel:
     return model
 
 
-def restore(path: Path, model: RecallModel, muon: Muon,
-            adam: torch.optim.Optimizer) -> Progress:
+def restore(path: Path, model: RecallModel, muon: Muon, adam: torch.optim.Optimizer) -> Progress:
     """Load everything in place and return the progress."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if Shape(**state["shape"]) != model.shape:

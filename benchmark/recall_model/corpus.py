@@ -28,8 +28,20 @@ VALIDATION_PERMILLE = 20
 MAX_CHARACTERS = 300_000
 
 _SKIPPED_PYTHON = ("site-packages", "test", "tests", "idlelib", "encodings", "ensurepip")
-_RUST_BOOKS = ("book", "reference", "nomicon", "cargo", "rustc", "rustdoc", "edition-guide",
-               "rust-by-example", "clippy", "embedded-book", "unstable-book", "style-guide")
+_RUST_BOOKS = (
+    "book",
+    "reference",
+    "nomicon",
+    "cargo",
+    "rustc",
+    "rustdoc",
+    "edition-guide",
+    "rust-by-example",
+    "clippy",
+    "embedded-book",
+    "unstable-book",
+    "style-guide",
+)
 
 
 @dataclass(frozen=True)
@@ -102,15 +114,20 @@ def _rust_documents() -> Iterator[Document]:
             if main is None or path.name in ("print.html", "toc.html"):
                 continue
             bare = re.sub(r"<(script|style).*?</\1>", "", main.group(1), flags=re.S)
-            yield Document("rust", f"{book}/{path.stem}", html.unescape(
-                re.sub(r"<[^>]+>", "", bare)).strip())
+            yield Document(
+                "rust", f"{book}/{path.stem}", html.unescape(re.sub(r"<[^>]+>", "", bare)).strip()
+            )
 
 
 def collect() -> list[Document]:
     """All cleaned documents of 500 to MAX_CHARACTERS characters, in a fixed order."""
     documents: list[Document] = []
-    readers = {"python": _python_documents, "cmake": _cmake_documents,
-               "node": _node_documents, "rust": _rust_documents}
+    readers = {
+        "python": _python_documents,
+        "cmake": _cmake_documents,
+        "node": _node_documents,
+        "rust": _rust_documents,
+    }
     for source, reader in readers.items():
         found = [Document(d.source, d.topic, clean(d.text)) for d in reader()]
         found = [d for d in found if 500 < len(d.text) < MAX_CHARACTERS]

@@ -25,21 +25,86 @@ class Stage:
 
 
 STAGES = (
-    Stage(512, 4096, 0.25, 0.999, Mix(
-        text=0.40, needle=0.10, dense=0.4, chain=0.35, styled=0.2, hard=0.4,
-        max_position=8192, jump=0.7)),
-    Stage(1024, 4096, 0.48, 0.999, Mix(
-        text=0.35, needle=0.12, dense=0.4, chain=0.35, styled=0.2, hard=0.4,
-        max_position=12288, jump=0.7)),
-    Stage(2048, 4096, 0.96, 0.999, Mix(
-        text=0.30, needle=0.15, dense=0.45, chain=0.35, styled=0.2, hard=0.35,
-        max_position=14336, jump=0.65)),
-    Stage(4096, 8192, 0.87, 0.999, Mix(
-        text=0.25, needle=0.15, dense=0.45, chain=0.35, styled=0.2, hard=0.3,
-        max_position=16384, jump=0.6)),
-    Stage(8192, 8192, 1.01, 2.0, Mix(
-        text=0.20, needle=0.15, dense=0.5, chain=0.35, styled=0.2, hard=0.3,
-        max_position=16384, jump=0.5)),
+    Stage(
+        512,
+        4096,
+        0.25,
+        0.999,
+        Mix(
+            text=0.40,
+            needle=0.10,
+            dense=0.4,
+            chain=0.35,
+            styled=0.2,
+            hard=0.4,
+            max_position=8192,
+            jump=0.7,
+        ),
+    ),
+    Stage(
+        1024,
+        4096,
+        0.48,
+        0.999,
+        Mix(
+            text=0.35,
+            needle=0.12,
+            dense=0.4,
+            chain=0.35,
+            styled=0.2,
+            hard=0.4,
+            max_position=12288,
+            jump=0.7,
+        ),
+    ),
+    Stage(
+        2048,
+        4096,
+        0.96,
+        0.999,
+        Mix(
+            text=0.30,
+            needle=0.15,
+            dense=0.45,
+            chain=0.35,
+            styled=0.2,
+            hard=0.35,
+            max_position=14336,
+            jump=0.65,
+        ),
+    ),
+    Stage(
+        4096,
+        8192,
+        0.87,
+        0.999,
+        Mix(
+            text=0.25,
+            needle=0.15,
+            dense=0.45,
+            chain=0.35,
+            styled=0.2,
+            hard=0.3,
+            max_position=16384,
+            jump=0.6,
+        ),
+    ),
+    Stage(
+        8192,
+        8192,
+        1.01,
+        2.0,
+        Mix(
+            text=0.20,
+            needle=0.15,
+            dense=0.5,
+            chain=0.35,
+            styled=0.2,
+            hard=0.3,
+            max_position=16384,
+            jump=0.5,
+        ),
+    ),
 )
 
 

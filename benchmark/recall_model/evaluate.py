@@ -45,7 +45,7 @@ class Scorer:
     def perplexity(self, stream: np.ndarray, length: int, windows: int) -> float:
         losses = []
         for i in range(min(windows, (len(stream) - 1) // length)):
-            piece = torch.tensor(stream[i * length:(i + 1) * length].astype(np.int64))[None]
+            piece = torch.tensor(stream[i * length : (i + 1) * length].astype(np.int64))[None]
             logits = self.model(piece).logits[0, :-1].float()
             losses.append(F.cross_entropy(logits, piece[0, 1:]).item())
         return math.exp(sum(losses) / len(losses))
@@ -63,8 +63,9 @@ class Scorer:
         return self.tokenizer(text).input_ids == context.ids
 
 
-def measure(scorer: Scorer, maker: ContextMaker, task: Task, length: int, queries: int,
-            seed: int) -> Cell:
+def measure(
+    scorer: Scorer, maker: ContextMaker, task: Task, length: int, queries: int, seed: int
+) -> Cell:
     """Exact match of one cell, by hops for chains."""
     results: list[tuple[bool, int]] = []
     contexts = same = 0
@@ -74,9 +75,12 @@ def measure(scorer: Scorer, maker: ContextMaker, task: Task, length: int, querie
         results += [(r, q.hops) for r, q in zip(right, context.questions, strict=True)]
         same += scorer.survives_text(context)
         contexts += 1
-    cell: Cell = {"n": len(results), "exact_match": round(
-        sum(r for r, _ in results) / len(results), 4), "contexts": contexts,
-        "text_round_trip": round(same / contexts, 3)}
+    cell: Cell = {
+        "n": len(results),
+        "exact_match": round(sum(r for r, _ in results) / len(results), 4),
+        "contexts": contexts,
+        "text_round_trip": round(same / contexts, 3),
+    }
     hops = sorted({h for _, h in results})
     if hops != [0]:
         by_hops = {h: [r for r, other in results if other == h] for h in hops}
@@ -87,8 +91,13 @@ def measure(scorer: Scorer, maker: ContextMaker, task: Task, length: int, querie
 def evaluate(scorer: Scorer, data: Data, arguments: argparse.Namespace) -> None:
     """Measure every cell and write the report as it grows."""
     words = {"in_list": data.lexicon.known, "held_out": data.lexicon.held_out}
-    report: dict[str, Any] = {"seed": arguments.seed, "dtype": arguments.dtype, "cells": {},
-                              "separator": arguments.separator, "text_perplexity": {}}
+    report: dict[str, Any] = {
+        "seed": arguments.seed,
+        "dtype": arguments.dtype,
+        "cells": {},
+        "separator": arguments.separator,
+        "text_perplexity": {},
+    }
     for length in arguments.lengths:
         for source in arguments.words:
             maker = ContextMaker(data, words[source], arguments.separator)
@@ -96,15 +105,18 @@ def evaluate(scorer: Scorer, data: Data, arguments: argparse.Namespace) -> None:
                 if arguments.separator and TASKS[name].chain:
                     continue
                 start = time.monotonic()
-                cell = measure(scorer, maker, TASKS[name], length, arguments.queries,
-                               arguments.seed)
+                cell = measure(
+                    scorer, maker, TASKS[name], length, arguments.queries, arguments.seed
+                )
                 report["cells"][f"{name}/{length}/{source}"] = cell
-                print(f"{name}/{length}/{source}: {cell} {time.monotonic() - start:.0f} s",
-                      flush=True)
+                print(
+                    f"{name}/{length}/{source}: {cell} {time.monotonic() - start:.0f} s", flush=True
+                )
                 write(report, arguments.out)
         if arguments.windows:
             report["text_perplexity"][str(length)] = round(
-                scorer.perplexity(data.validation, length, arguments.windows), 2)
+                scorer.perplexity(data.validation, length, arguments.windows), 2
+            )
             write(report, arguments.out)
 
 
@@ -135,8 +147,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
         data = prepare(arguments.data or Path(scratch), arguments.model / "tokenizer.json")
-        if data.tokenizer.to_str() != Tokenizer.from_file(
-                str(arguments.model / "tokenizer.json")).to_str():
+        if (
+            data.tokenizer.to_str()
+            != Tokenizer.from_file(str(arguments.model / "tokenizer.json")).to_str()
+        ):
             raise SystemExit(f"{arguments.data} belongs to another tokenizer")
         evaluate(Scorer(arguments.model, getattr(torch, arguments.dtype)), data, arguments)
 

@@ -23,29 +23,47 @@ from .checkpoint import load_model
 from .model import RecallModel, Shape
 
 _NAMES = {
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
-    "down": "mlp.down_proj", "norm_attention": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "norm_attention": "input_layernorm",
     "norm_mlp": "post_attention_layernorm",
 }
 
 
 def llama_config(shape: Shape) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.hidden,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
-        max_position_embeddings=shape.positions, rms_norm_eps=shape.norm_eps,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.positions,
+        rms_norm_eps=shape.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        tie_word_embeddings=True, attention_bias=False, mlp_bias=False,
-        bos_token_id=tok.BOS_ID, eos_token_id=tok.EOS_ID, pad_token_id=tok.PAD_ID)
+        tie_word_embeddings=True,
+        attention_bias=False,
+        mlp_bias=False,
+        bos_token_id=tok.BOS_ID,
+        eos_token_id=tok.EOS_ID,
+        pad_token_id=tok.PAD_ID,
+    )
 
 
 def llama_weights(model: RecallModel) -> dict[str, Tensor]:
     """fp32 weights under transformers' names."""
     state = model.state_dict()
-    weights = {"model.embed_tokens.weight": state["embedding"],
-               "lm_head.weight": state["embedding"], "model.norm.weight": state["norm"]}
+    weights = {
+        "model.embed_tokens.weight": state["embedding"],
+        "lm_head.weight": state["embedding"],
+        "model.norm.weight": state["norm"],
+    }
     for layer in range(model.shape.layers):
         for ours, theirs in _NAMES.items():
             weights[f"model.layers.{layer}.{theirs}.weight"] = state[f"blocks.{layer}.{ours}"]
@@ -58,8 +76,8 @@ def export(checkpoint: Path, tokenizer_folder: Path, out: Path) -> None:
     llama = LlamaForCausalLM(llama_config(model.shape))
     llama.load_state_dict(llama_weights(model), strict=True)
     llama.generation_config = GenerationConfig(
-        do_sample=False, bos_token_id=tok.BOS_ID, eos_token_id=tok.EOS_ID,
-        pad_token_id=tok.PAD_ID)
+        do_sample=False, bos_token_id=tok.BOS_ID, eos_token_id=tok.EOS_ID, pad_token_id=tok.PAD_ID
+    )
     llama.to(torch.bfloat16).save_pretrained(out)  # type: ignore[arg-type]
     config_file = out / "config.json"
     config = json.loads(config_file.read_text())
@@ -67,12 +85,18 @@ def export(checkpoint: Path, tokenizer_folder: Path, out: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n")
     fast = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json")),
-        bos_token=tok.BOS, eos_token=tok.EOS, pad_token=tok.PAD,
-        model_max_length=model.shape.positions, clean_up_tokenization_spaces=False)
+        bos_token=tok.BOS,
+        eos_token=tok.EOS,
+        pad_token=tok.PAD,
+        model_max_length=model.shape.positions,
+        clean_up_tokenization_spaces=False,
+    )
     fast.save_pretrained(out)
     settings_file = out / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text()) | {
-        "chat_template": tok.CHAT_TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
+        "chat_template": tok.CHAT_TEMPLATE,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     settings_file.write_text(json.dumps(settings, indent=2) + "\n")
 
 

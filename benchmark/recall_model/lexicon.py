@@ -54,7 +54,8 @@ class Lexicon:
             by_prefix=sorted(known),
             by_suffix=sorted(known, key=lambda w: w[::-1]),
             numbers=[tokenizer.token_to_id(f"{n:03d}") for n in range(1000)],
-            symbols={s: tokenizer.encode(s, add_special_tokens=False).ids for s in symbols})
+            symbols={s: tokenizer.encode(s, add_special_tokens=False).ids for s in symbols},
+        )
 
     def open_word(self, rng: random.Random) -> Word:
         """A word of the whole training vocabulary: common, dictionary, invented, capitalised."""
@@ -73,4 +74,4 @@ class Lexicon:
             return [self.open_word(rng) for _ in range(size)]
         ordered = self.by_prefix if choice < 0.7 else self.by_suffix
         start = rng.randrange(max(1, len(ordered) - size))
-        return ordered[start:start + size]
+        return ordered[start : start + size]

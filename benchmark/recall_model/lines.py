@@ -87,8 +87,11 @@ class Store:
     def _new_entry(self, chain_share: float, word_share: float) -> Entry:
         rng = self.rng
         if rng.random() < chain_share:
-            targets = [k for k in list(self.entries)[-40:]
-                       if self.entries[k].hops < MAX_HOPS and not self.entries[k].is_words]
+            targets = [
+                k
+                for k in list(self.entries)[-40:]
+                if self.entries[k].hops < MAX_HOPS and not self.entries[k].is_words
+            ]
             if targets:
                 target = rng.choice(targets)
                 return Entry(list(target), self.entries[target].hops + 1, False, False)

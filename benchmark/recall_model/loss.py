@@ -26,8 +26,9 @@ class SelectRows(torch.autograd.Function):
         return result, None
 
 
-def weighted_loss(hidden: Tensor, embedding: Tensor, target: Tensor,
-                  weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def weighted_loss(
+    hidden: Tensor, embedding: Tensor, target: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(scalar mean loss, per-place loss fp32 [m], per-place prediction int64 [m])."""
     logits = F.linear(hidden, embedding.to(hidden.dtype)).float()
     losses = F.cross_entropy(logits, target, reduction="none")

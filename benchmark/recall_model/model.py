@@ -103,7 +103,7 @@ class RecallModel(nn.Module):
         self.norm = nn.Parameter(torch.ones(shape.width))
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         half = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
-        angles = torch.outer(torch.arange(shape.positions).float(), shape.rope_theta ** -half)
+        angles = torch.outer(torch.arange(shape.positions).float(), shape.rope_theta**-half)
         table = torch.cat((angles, angles), -1)
         self.register_buffer("cos", table.cos().to(dtype), persistent=False)
         self.register_buffer("sin", table.sin().to(dtype), persistent=False)

@@ -39,16 +39,22 @@ class _Stack:
 class Muon:
     """Nesterov momentum over stacks of equally shaped matrices, given as (matrix, factor)."""
 
-    def __init__(self, matrices: Iterable[tuple[nn.Parameter, float]], dtype: torch.dtype,
-                 weight_decay: float = 0.02) -> None:
+    def __init__(
+        self,
+        matrices: Iterable[tuple[nn.Parameter, float]],
+        dtype: torch.dtype,
+        weight_decay: float = 0.02,
+    ) -> None:
         self.weight_decay, self.dtype = weight_decay, dtype
         groups: dict[tuple[int, ...], list[tuple[nn.Parameter, float]]] = {}
         for matrix, factor in matrices:
             groups.setdefault(tuple(matrix.shape), []).append((matrix, factor))
         self._stacks = {
-            shape: _Stack([m for m, _ in group], [f for _, f in group],
-                          torch.zeros(len(group), *shape))
-            for shape, group in groups.items()}
+            shape: _Stack(
+                [m for m, _ in group], [f for _, f in group], torch.zeros(len(group), *shape)
+            )
+            for shape, group in groups.items()
+        }
 
     @torch.no_grad()
     def step(self, rate: float, momentum: float) -> None:
@@ -58,7 +64,8 @@ class Muon:
             update = orthogonalise(gradient.lerp(average, momentum), self.dtype)
             update *= max(1.0, shape[0] / shape[1]) ** 0.5
             for parameter, factor, change in zip(
-                    stack.parameters, stack.factors, update, strict=True):
+                stack.parameters, stack.factors, update, strict=True
+            ):
                 step = rate * factor
                 parameter.mul_(1 - step * self.weight_decay).add_(change, alpha=-step)
 

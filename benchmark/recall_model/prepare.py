@@ -33,10 +33,15 @@ class Data:
 
 
 def _stream(tokenizer: Tokenizer, documents: list[Document], rng: random.Random) -> np.ndarray:
-    encoded = [[tok.BOS_ID, *e.ids] for e in tokenizer.encode_batch(
-        [d.text for d in documents], add_special_tokens=False)]
-    repeated = [ids for d, ids in zip(documents, encoded, strict=True)
-                for _ in range(1 if d.is_validation else _REPEATS[d.source])]
+    encoded = [
+        [tok.BOS_ID, *e.ids]
+        for e in tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False)
+    ]
+    repeated = [
+        ids
+        for d, ids in zip(documents, encoded, strict=True)
+        for _ in range(1 if d.is_validation else _REPEATS[d.source])
+    ]
     rng.shuffle(repeated)
     return np.array([i for ids in repeated for i in ids], dtype=np.uint16)
 
@@ -56,8 +61,7 @@ def prepare(folder: Path, tokenizer_file: Path | None = None) -> Data:
         words = dictionary(d.text for d in training)
         word_file.write_text("\n".join(words))
         if tokenizer_file is None:
-            texts = [d.text[:60_000] for d in training
-                     if rng.random() < _TOKENIZER_SHARE[d.source]]
+            texts = [d.text[:60_000] for d in training if rng.random() < _TOKENIZER_SHARE[d.source]]
             tokenizer = tok.build(texts, [w for w in words if not is_held_out(w)])
         else:
             tokenizer = Tokenizer.from_file(str(tokenizer_file))

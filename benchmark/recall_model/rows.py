@@ -61,7 +61,7 @@ class Row:
     def put_text(self, stream: np.ndarray, count: int, rng: random.Random, newline: int) -> None:
         """Append a random piece of the text stream on a new line."""
         start = rng.randrange(len(stream) - count)
-        piece = stream[start:start + count].tolist()
+        piece = stream[start : start + count].tolist()
         first = [] if self.ids[-1] == newline else [newline]
         self.starts.append(len(self.ids))
         self.ids += first + piece
@@ -81,8 +81,9 @@ class RowMaker:
             return self._text_row()
         if choice < self.mix.text + self.mix.needle:
             return self._needle_row()
-        return self._mixed_row(0.0 if self.rng.random() < self.mix.dense
-                               else self.rng.uniform(0.2, 0.9))
+        return self._mixed_row(
+            0.0 if self.rng.random() < self.mix.dense else self.rng.uniform(0.2, 0.9)
+        )
 
     def _store(self) -> Store:
         lexicon, rng, mix = self.data.lexicon, self.rng, self.mix
@@ -106,7 +107,7 @@ class RowMaker:
     def _text_row(self) -> Row:
         stream, row = self.data.train, Row(self.length)
         start = self.rng.randrange(len(stream) - self.length)
-        row.ids += stream[start:start + self.length - 1].tolist()
+        row.ids += stream[start : start + self.length - 1].tolist()
         row.kinds += [Kind.TEXT] * (self.length - 1)
         row.starts = sorted(self.rng.sample(range(1, self.length), 4))
         return row

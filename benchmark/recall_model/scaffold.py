@@ -78,12 +78,13 @@ class _Builder:
         table, size, split = self.model.embedding, self.size, self.constant
         codes = self._random(table.shape[0], split)
         for marker in markers[1:]:
-            codes[marker] = (size.marker * codes[markers[0]]
-                             + (1 - size.marker**2) ** 0.5 * codes[marker])
+            codes[marker] = (
+                size.marker * codes[markers[0]] + (1 - size.marker**2) ** 0.5 * codes[marker]
+            )
         table[:, :split] = codes / codes.norm(dim=1, keepdim=True) * size.code * split**0.5
         table[:, split] = size.constant
         rest = self._random(table.shape[0], table.shape[1] - split - 1)
-        table[:, split + 1:] = size.spread * rest
+        table[:, split + 1 :] = size.spread * rest
         self.scale = table.pow(2).sum(1).mean().div(self.shape.width).sqrt().item()
 
     def offset_heads(self, block: Block) -> None:
@@ -96,23 +97,25 @@ class _Builder:
         block.k.zero_()
         for head in range(shape.kv_heads):
             start = head * dim
-            block.k[start:start + pairs, self.constant] = strength
-            block.v[start:start + self.store] = 0
-            block.v[start:start + self.store, :self.constant] = size.value * self.project
+            block.k[start : start + pairs, self.constant] = strength
+            block.v[start : start + self.store] = 0
+            block.v[start : start + self.store, : self.constant] = size.value * self.project
         for head in range(min(OFFSETS, shape.heads)):
             start, offset = head * dim, head + 1
-            block.q[start:start + pairs, self.constant] = strength * torch.cos(offset * speed)
-            block.q[start + half:start + half + pairs, self.constant] = (
-                -strength * torch.sin(offset * speed))
-            block.o[:, start:start + self.store] = 0
+            block.q[start : start + pairs, self.constant] = strength * torch.cos(offset * speed)
+            block.q[start + half : start + half + pairs, self.constant] = -strength * torch.sin(
+                offset * speed
+            )
+            block.o[:, start : start + self.store] = 0
             rows = self.store_start(offset) + torch.arange(self.store)
             block.o[rows, start + torch.arange(self.store)] = self.scale / size.value
 
     def match_heads(self, block: Block) -> None:
         shape, size, dim = self.shape, self.size, self.shape.head_dim
         half, group = dim // 2, shape.heads // shape.kv_heads
-        slow = torch.cat((torch.arange(half - _CONTENT_PAIRS, half),
-                          torch.arange(dim - _CONTENT_PAIRS, dim)))
+        slow = torch.cat(
+            (torch.arange(half - _CONTENT_PAIRS, half), torch.arange(dim - _CONTENT_PAIRS, dim))
+        )
         block.q.zero_()
         block.k.zero_()
         block.v.zero_()
@@ -129,12 +132,13 @@ class _Builder:
                 for head in range(kv * group, (kv + 1) * group):
                     query = head * dim + rows
                     if back == 0:
-                        block.q[query, :self.constant] = size.match * weight * self.project[part]
+                        block.q[query, : self.constant] = size.match * weight * self.project[part]
                     else:
                         block.q[query, self.store_start(back) + part] = size.match * weight
             for head in range(kv * group, (kv + 1) * group):
                 block.o[copied, head * dim + torch.arange(len(copied))] = (
-                    size.copy * self.scale / size.value / group)
+                    size.copy * self.scale / size.value / group
+                )
 
 
 @torch.no_grad()
@@ -151,8 +155,9 @@ def hold_constant(model: RecallModel, strengths: Strengths | None = None) -> Non
 
 
 @torch.no_grad()
-def construct(model: RecallModel, markers: list[int], seed: int = 0,
-              strengths: Strengths | None = None) -> None:
+def construct(
+    model: RecallModel, markers: list[int], seed: int = 0, strengths: Strengths | None = None
+) -> None:
     """Overwrite embedding and the attention of layers 0 and 1 in place.
 
     markers: token ids of '#', '?' and '>', which get similar codes so that lines match.

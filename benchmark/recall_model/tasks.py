@@ -72,8 +72,9 @@ class ContextMaker:
 
     def make(self, task: Task, length: int, seed: int) -> Context:
         rng = random.Random(seed)
-        store = Store(rng, self.data.lexicon, lambda: rng.choice(self.words), (0.3, 0.7, 0.0),
-                      self.style)
+        store = Store(
+            rng, self.data.lexicon, lambda: rng.choice(self.words), (0.3, 0.7, 0.0), self.style
+        )
         tail = task.queries * task.query_tokens
         body = length - tail
         lines: list[tuple[tuple[int, ...], Line]] = []
@@ -108,8 +109,14 @@ class ContextMaker:
         row.kinds += [Kind.IGNORED] * len(ids)
         return len(ids)
 
-    def _ask(self, task: Task, store: Store, row: Row, depth: dict[tuple[int, ...], float],
-             rng: random.Random) -> list[Question]:
+    def _ask(
+        self,
+        task: Task,
+        store: Store,
+        row: Row,
+        depth: dict[tuple[int, ...], float],
+        rng: random.Random,
+    ) -> list[Question]:
         keys = [k for k, e in store.entries.items() if e.hops > 0 or not task.chain]
         questions: list[Question] = []
         for key in rng.sample(keys, min(task.queries, len(keys))):

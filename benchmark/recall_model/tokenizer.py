@@ -17,8 +17,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 VOCABULARY = 6144
 BOS, EOS, PAD, RESERVED = "<|bos|>", "<|eos|>", "<|pad|>", "<|reserved|>"
 BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
-CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}{% if not loop.first %}"
-                 "{{ '\\n' }}{% endif %}{{ message['content'] }}{% endfor %}")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if not loop.first %}"
+    "{{ '\\n' }}{% endif %}{{ message['content'] }}{% endfor %}"
+)
 _NUMBER_TOKENS = 1100
 _WORD_WEIGHT = 4
 _PATTERN = r"\n| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+"
@@ -43,21 +45,28 @@ def _add_numbers(description: dict) -> None:
 def build(texts: Iterable[str], words: list[str]) -> Tokenizer:
     """Train on the texts and on the words (after a space, weighted against technical text)."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     spaced = [re.sub(r"\d{2,}", lambda m: " ".join(m.group(0)), text) for text in texts]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - _NUMBER_TOKENS, special_tokens=[BOS, EOS, PAD, RESERVED],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-        max_token_length=14)
+        vocab_size=VOCABULARY - _NUMBER_TOKENS,
+        special_tokens=[BOS, EOS, PAD, RESERVED],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        max_token_length=14,
+    )
     tokenizer.train_from_iterator([*spaced, (" " + " ".join(words)) * _WORD_WEIGHT], trainer)
     description = json.loads(tokenizer.to_str())
     _add_numbers(description)
     tokenizer = Tokenizer.from_str(json.dumps(description))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B:1", special_tokens=[(BOS, BOS_ID)])
+        single=f"{BOS} $A", pair=f"{BOS} $A $B:1", special_tokens=[(BOS, BOS_ID)]
+    )
     if tokenizer.get_vocab_size() != VOCABULARY:
         raise ValueError(f"corpus too small: {tokenizer.get_vocab_size()} tokens")
     return tokenizer

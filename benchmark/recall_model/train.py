@@ -53,12 +53,23 @@ class Trainer:
         construct(self.model, [data.lexicon.symbols[c][0] for c in "#?>"], seed)
         named = list(self.model.named_parameters())
         built = built_parameters(self.model)
-        self.muon = Muon(((p, BUILT_FACTOR if n in built else 1.0) for n, p in named
-                          if p.ndim == 2 and p.requires_grad and n != "embedding"), best_dtype())
+        self.muon = Muon(
+            (
+                (p, BUILT_FACTOR if n in built else 1.0)
+                for n, p in named
+                if p.ndim == 2 and p.requires_grad and n != "embedding"
+            ),
+            best_dtype(),
+        )
         self.adam = torch.optim.AdamW(
-            [{"params": [self.model.embedding]},
-             {"params": [p for _, p in named if p.ndim == 1 and p.requires_grad]}],
-            betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+            [
+                {"params": [self.model.embedding]},
+                {"params": [p for _, p in named if p.ndim == 1 and p.requires_grad]},
+            ],
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=True,
+        )
         self.progress = Progress(seed)
         self.threads = AdaptiveThreads(threads)
         self.stopping = False
@@ -89,13 +100,14 @@ class Trainer:
         hidden = self.model.hidden(batch.ids, batch.positions).flatten(0, 1)
         selected = SelectRows.apply(hidden, batch.place)
         loss, losses, predicted = self._loss(
-            selected, self.model.embedding, batch.target, batch.weight)
+            selected, self.model.embedding, batch.target, batch.weight
+        )
         loss.backward()
         self.muon.step(MUON_RATE * rate, min(0.95, 0.85 + progress.step / 3000))
         for group, base in zip(self.adam.param_groups, (EMBEDDING_RATE, NORM_RATE), strict=True):
             group["lr"] = base * rate
         with torch.no_grad():
-            codes = self.model.embedding[:, :self.model.shape.width // 2]
+            codes = self.model.embedding[:, : self.model.shape.width // 2]
             before = codes.clone()
             self.adam.step()
             codes.lerp_(before, 1 - CODE_FACTOR)
@@ -121,16 +133,23 @@ class Trainer:
     def _stage_is_over(self) -> bool:
         progress, stage = self.progress, STAGES[self.progress.stage]
         passed = progress.running.get("answer_right", 0.0) > stage.gate
-        return (progress.elapsed / self.seconds > stage.until
-                or (passed and progress.stage_step > MIN_STAGE_STEPS))
+        return progress.elapsed / self.seconds > stage.until or (
+            passed and progress.stage_step > MIN_STAGE_STEPS
+        )
 
     def report(self) -> None:
         progress = self.progress
-        self.log({"elapsed": round(progress.elapsed), "cpu": round(time.process_time()),
-                  "threads": self.threads.adjust(), "step": progress.step,
-                  "tokens_m": round(progress.tokens / 1e6, 2),
-                  "length": STAGES[progress.stage].length,
-                  **{k: round(v, 4) for k, v in progress.running.items()}})
+        self.log(
+            {
+                "elapsed": round(progress.elapsed),
+                "cpu": round(time.process_time()),
+                "threads": self.threads.adjust(),
+                "step": progress.step,
+                "tokens_m": round(progress.tokens / 1e6, 2),
+                "length": STAGES[progress.stage].length,
+                **{k: round(v, 4) for k, v in progress.running.items()},
+            }
+        )
 
     def request_stop(self, _signal: int, _frame: FrameType | None) -> None:
         self.stopping = True
@@ -155,8 +174,9 @@ class Trainer:
                 batches.close()
                 progress.stage, progress.stage_step = progress.stage + 1, 0
                 progress.running.pop("answer_right", None)
-                batches = BatchQueue(self.data, STAGES[progress.stage], progress.seed,
-                                     progress.step)
+                batches = BatchQueue(
+                    self.data, STAGES[progress.stage], progress.seed, progress.step
+                )
         batches.close()
         self.report()
         self.save("last.pt")
@@ -175,11 +195,13 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     data = prepare(arguments.out / "data")
-    trainer = Trainer(arguments.out, data, arguments.minutes * 60, arguments.seed,
-                      arguments.threads)
+    trainer = Trainer(
+        arguments.out, data, arguments.minutes * 60, arguments.seed, arguments.threads
+    )
     if arguments.resume:
         trainer.progress = checkpoint.restore(
-            arguments.out / "last.pt", trainer.model, trainer.muon, trainer.adam)
+            arguments.out / "last.pt", trainer.model, trainer.muon, trainer.adam
+        )
     if not arguments.no_compile:
         trainer.compile()
     signal.signal(signal.SIGTERM, trainer.request_stop)

@@ -23,7 +23,8 @@ a e i o u ai ea ee io oa ou y
 - - - b ck d g l m n nd nk p r rn s st t x
 """
 _ONSETS, _NUCLEI, _CODAS = (
-    ["" if part == "-" else part for part in line.split()] for line in _PARTS.split("\n")[1:4])
+    ["" if part == "-" else part for part in line.split()] for line in _PARTS.split("\n")[1:4]
+)
 
 
 def is_held_out(word: str) -> bool:
@@ -51,8 +52,9 @@ def invented(count: int, seed: int) -> list[str]:
     words: set[str] = set()
     while len(words) < count:
         syllables = rng.choices((1, 2, 3, 4), (1, 4, 3, 1))[0]
-        word = "".join(rng.choice(_ONSETS) + rng.choice(_NUCLEI) + rng.choice(_CODAS)
-                       for _ in range(syllables))
+        word = "".join(
+            rng.choice(_ONSETS) + rng.choice(_NUCLEI) + rng.choice(_CODAS) for _ in range(syllables)
+        )
         if len(word) >= 3 and not is_held_out(word):
             words.add(word)
     return sorted(words)

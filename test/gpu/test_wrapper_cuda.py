@@ -1,6 +1,6 @@
 """The wrapper on a CUDA device against dense attention in float64.
 
-    python -m pytest test/gpu -m gpu        # on a machine with a CUDA device
+python -m pytest test/gpu -m gpu        # on a machine with a CUDA device
 """
 
 import dataclasses
