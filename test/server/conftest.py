@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -44,6 +45,14 @@ def running(process: Process) -> Iterator[Any]:
         yield process
     finally:
         process.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stop_all_when_terminated() -> Iterator[None]:
+    """SIGTERM ends pytest like Ctrl-C, so that fixtures stop their servers."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, previous)
 
 
 @pytest.fixture(scope="session")

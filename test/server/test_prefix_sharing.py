@@ -100,7 +100,7 @@ def test_abort_in_the_middle_of_prefill(server: Server, uncached: Engine, prompt
 
 
 def test_a_rule_shares_only_with_its_own_kind(server: Server, prompts: Prompts) -> None:
-    asked = prompts.recall(800, seed=700).ids
+    asked = prompts.recall(807, seed=700).ids
     server.flush()
     rules = [{}, {"psa_coverage": 0.9}, {"psa_delta": 0.02}, {"psa_policy": "dense"}]
     for rule in rules:
