@@ -95,7 +95,7 @@ class RowMaker:
         return Store(rng, lexicon, draw, style=style if rng.random() < mix.styled else "")
 
     def _chain_share(self, store: Store) -> float:
-        allowed = not store.style and self.rng.random() < 0.55
+        allowed = not store.style and self.rng.random() < 0.7
         return self.mix.chain if allowed else 0.0
 
     def _ask(self, row: Row, store: Store, key: Key) -> None:
