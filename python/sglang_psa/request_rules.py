@@ -21,6 +21,7 @@ from sgl_psa.rule import REQUEST_PREFIX, RequestRule
 from sglang_psa import compat
 from sglang_psa.hooks import Hook, Kind
 from sglang_psa.server_args import psa_config, uses_psa
+from sglang_psa.token_ids import check_token_ids
 
 
 def gather(params: Mapping[str, Any] | None, body: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -77,8 +78,9 @@ def prepare(manager: Any, obj: Any, body: Mapping[str, Any]) -> None:
         body: psa keys of the request's JSON body; they hold for the whole batch.
 
     Raises:
-        ConfigError: as :func:`gather` and :func:`rule_of`.
+        ConfigError: as :func:`gather` and :func:`rule_of`, or for token ids out of range.
     """
+    check_token_ids(manager, obj)
     params = getattr(obj, "sampling_params", None)
     if isinstance(params, list):
         obj.sampling_params = [gather(one, body) for one in params]

@@ -66,6 +66,17 @@ def test_empty_prompt(server: Server, prompt: dict[str, Any]) -> None:
         assert len(response.json()["error"]["message"]) > 10
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("ids", [[5, 10**6], [-3], [[5], [6, 10**6]]], ids=str)
+def test_token_ids_that_the_model_does_not_have(
+    server: Server, ids: list[Any], stream: bool
+) -> None:
+    body = {"input_ids": ids, "stream": stream, "sampling_params": {"max_new_tokens": 2}}
+    response = server.post("/generate", body)
+    assert response.status_code == 400
+    assert "is no token of this model, ids are 0 to" in response.text
+
+
 def test_prompt_longer_than_the_context(server: Server, prompts: Prompts) -> None:
     ids = prompts.filler(CONTEXT + 1, seed=9000)
     response = server.post("/generate", {"input_ids": ids, "sampling_params": {}})
