@@ -5,8 +5,8 @@
 Each backend is a real ``sgl.Engine`` with the same model, page size and 2k prefill chunks; all are
 up at the same time and answer the same prompts in turn. A prompt is random token ids, so no two
 share a prefix and attention is what the model makes of noise: how much PSA reads here says nothing
-about quality (see ``benchmark.recall_server``). Prefill is the time to the first token; decode is
-the slope between an answer of one token and one of ``--new-tokens``.
+about quality (see ``benchmark.recall_server``). Prefill is the time to the first token, decode the
+mean time of a further one.
 """
 
 from __future__ import annotations
@@ -43,14 +43,16 @@ def start(options: argparse.Namespace, arguments: dict[str, Any]) -> Any:
     )
 
 
-def answer(engine: Any, ids: list[int], new_tokens: int) -> tuple[float, dict[str, Any]]:
-    """Seconds to the last of ``new_tokens``, and the answer's meta_info."""
+def answer(engine: Any, ids: list[int], new_tokens: int) -> tuple[float, float, dict[str, Any]]:
+    """Seconds to the first token, milliseconds a further token, and the answer's meta_info."""
+    params = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
     begin = time.perf_counter()
-    result = engine.generate(
-        input_ids=ids,
-        sampling_params={"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True},
-    )
-    return time.perf_counter() - begin, result["meta_info"]
+    first, meta = 0.0, {}
+    for chunk in engine.generate(input_ids=ids, sampling_params=params, stream=True):
+        first = first or time.perf_counter() - begin
+        meta = chunk["meta_info"]
+    step = (time.perf_counter() - begin - first) / max(1, meta["completion_tokens"] - 1)
+    return first, step * 1e3, meta
 
 
 def measure(engines: dict[str, Any], length: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -62,10 +64,9 @@ def measure(engines: dict[str, Any], length: int, options: argparse.Namespace) -
     for _ in range(options.rounds):
         ids = rng.integers(300, 4000, length).tolist()
         for name, engine in engines.items():
-            first, _ = answer(engine, ids, 1)
-            whole, meta = answer(engine, ids, options.new_tokens)
+            first, step, meta = answer(engine, ids, options.new_tokens)
             prefill[name].append(first)
-            decode[name].append((whole - first) / (options.new_tokens - 1) * 1e3)
+            decode[name].append(step)
             if name == "psa":
                 fraction = meta["psa"]["bytes_fraction"]
     row: dict[str, Any] = {"length": length, "psa_bytes_fraction": fraction}
