@@ -20,6 +20,7 @@ CONTEXT = 8192
 #: float32, so that another order of summation does not change a greedy token.
 COMMON: dict[str, Any] = {
     "dtype": "float32",
+    "context_length": CONTEXT,
     "page_size": PAGE,
     "mem_fraction_static": 0.3,
     "sleep_on_idle": True,

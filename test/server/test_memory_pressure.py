@@ -31,11 +31,9 @@ def small(model: Path, logs: Path) -> Iterator[Server]:
     options = flags(
         model_path=model,
         max_total_tokens=POOL,
-        context_length=CONTEXT,
         chunked_prefill_size=CHUNK,
         max_running_requests=8,
-        **COMMON,
-        **PSA,
+        **{**COMMON, **PSA, "context_length": CONTEXT},
     )
     checks = {
         "SGLANG_TEST_RETRACT": "1",

@@ -1,6 +1,8 @@
 """What the server says about itself: /psa/stats, meta_info, /metrics, /server_info, the log."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,14 @@ pytestmark = pytest.mark.server
 NEW = 9
 
 
-def test_meta_info(server: Server, prompts: Prompts) -> None:
+@pytest.fixture(scope="module")
+def shape(model: Path) -> tuple[int, int]:
+    """Layers and KV heads of the model."""
+    config = json.loads((model / "config.json").read_text())
+    return config["num_hidden_layers"], config["num_key_value_heads"]
+
+
+def test_meta_info(server: Server, prompts: Prompts, shape: tuple[int, int]) -> None:
     ids = prompts.recall(1000, seed=7000).ids
     rules = {
         "default": ({}, ("psa", "marginal", 0.1)),
@@ -32,10 +41,9 @@ def test_meta_info(server: Server, prompts: Prompts) -> None:
         assert psa["pages_fraction"] == psa["pages_attended"] / psa["pages_total"]
         assert psa["bytes_fraction"] == psa["bytes_read"] / psa["bytes_dense"]
     info = server.get("/server_info").json()
-    heads_and_layers = seen["dense"]["pages_total"] / sum(
-        -(-(len(ids) + step) // PAGE) for step in range(1, NEW)
-    )
-    assert heads_and_layers == 4 * 2, "4 layers, 2 KV heads"
+    layers, heads = shape
+    pages = sum(-(-(len(ids) + step) // PAGE) for step in range(1, NEW))
+    assert seen["dense"]["pages_total"] == layers * heads * pages
     assert seen["dense"]["bytes_fraction"] == seen["dense"]["pages_fraction"] == 1
     assert seen["dense"]["rounds"] == 0 and seen["dense"]["coverage"] == 1
     for name in ("default", "coverage"):
@@ -50,7 +58,9 @@ def test_every_stream_event_carries_the_reads_so_far(server: Server, prompts: Pr
     assert steps[0] == 0 and steps[-1] == events[-1]["meta_info"]["completion_tokens"] - 1
 
 
-def test_stats_route_counts_what_requests_report(server: Server, prompts: Prompts) -> None:
+def test_stats_route_counts_what_requests_report(
+    server: Server, prompts: Prompts, shape: tuple[int, int]
+) -> None:
     server.wait_idle()
     before = server.stats()
     answers = [
@@ -66,7 +76,7 @@ def test_stats_route_counts_what_requests_report(server: Server, prompts: Prompt
         # A finished request runs one step more, whose token is dropped: overlap scheduling.
         extra = after[name] - before[name] - said
         assert 0 <= extra <= 2 * said / (NEW - 1), name
-    assert len(after["layers"]) == 4
+    assert len(after["layers"]) == shape[0]
     for name in ("visits", "pages_attended", "bytes_read", "stale_pages"):
         assert sum(layer[name] for layer in after["layers"]) == after[name]
     assert after["stale_pages"] == before["stale_pages"]
