@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -241,14 +243,19 @@ class Engine(Process):
             raise
 
     def _accept(self) -> Connection:
-        accepting = ThreadPoolExecutor(1).submit(self._listener.accept)
+        accepted: queue.Queue[Connection] = queue.Queue()
+        # A daemon: an accept that nobody answers must not keep the interpreter from ending.
+        accepting = threading.Thread(
+            target=lambda: accepted.put(self._listener.accept()), daemon=True
+        )
+        accepting.start()
         end = time.monotonic() + START_SECONDS
-        while not accepting.done():
-            if self.popen.poll() is not None or time.monotonic() > end:
-                self._listener.close()
-                raise RuntimeError(f"{self.name} did not start\n{self.tail()}")
-            time.sleep(0.2)
-        return accepting.result()
+        while self.popen.poll() is None and time.monotonic() < end:
+            try:
+                return accepted.get(timeout=0.5)
+            except queue.Empty:
+                continue
+        raise RuntimeError(f"{self.name} did not start\n{self.tail()}")
 
     def call(self, **arguments: Any) -> Any:
         """``engine.generate(**arguments)``; an exception in it is raised here with its text."""
