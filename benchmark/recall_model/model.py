@@ -33,7 +33,7 @@ class Shape:
     layers: int = 5
     heads: int = 4
     kv_heads: int = 2
-    head_dim: int = 64
+    head_dim: int = 128
     hidden: int = 576
     rope_theta: float = 500_000_000.0
     positions: int = 16384

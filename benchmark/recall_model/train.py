@@ -23,12 +23,13 @@ from . import checkpoint
 from .batches import Batch, BatchQueue
 from .checkpoint import Progress
 from .curriculum import STAGES, learning_rate
+from .flags import KnownTokens
 from .lines import Kind
 from .loss import SelectRows, weighted_loss
 from .model import Block, RecallModel, Shape, best_dtype
 from .optim import Muon
 from .prepare import Data, prepare
-from .scaffold import built_parameters, construct, hold_constant
+from .scaffold import built_parameters, construct
 from .threads import AdaptiveThreads
 
 MUON_RATE = 0.005
@@ -50,7 +51,7 @@ class Trainer:
         self.out, self.data, self.seconds = out, data, seconds
         shape = Shape(vocabulary=data.tokenizer.get_vocab_size())
         self.model = RecallModel(shape, best_dtype())
-        construct(self.model, [data.lexicon.symbols[c][0] for c in "#?>"], seed)
+        self.fixed = construct(self.model, KnownTokens.of(data.lexicon), seed)
         named = list(self.model.named_parameters())
         built = built_parameters(self.model)
         self.muon = Muon(
@@ -111,7 +112,7 @@ class Trainer:
             before = codes.clone()
             self.adam.step()
             codes.lerp_(before, 1 - CODE_FACTOR)
-        hold_constant(self.model)
+        self.fixed.hold(self.model.embedding)
         self.model.zero_grad(set_to_none=True)
         progress.step += 1
         progress.stage_step += 1
