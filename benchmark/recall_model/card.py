@@ -52,11 +52,11 @@ def fields(run: Path, model: Path, results: Path) -> dict[str, str]:
     """Values of the template's fields."""
     config = json.loads((model / "config.json").read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    first, last = log[0], log[-1]
+    start, last = [line for line in log if "seconds" in line][-1], log[-1]
     cells, perplexity = measured(results)
     return {
-        "parameters": f"{first['parameters'] / 1e6:.2f}",
-        "minutes": f"{first['seconds'] / 60:.0f}",
+        "parameters": f"{start['parameters'] / 1e6:.2f}",
+        "minutes": f"{start['seconds'] / 60:.0f}",
         "tokens": f"{last['tokens_m']:.1f}",
         "steps": str(last["step"]),
         "layers": str(config["num_hidden_layers"]),
