@@ -27,7 +27,17 @@ ENV_RESERVED = frozenset({"CACHE_DIR", "CPU_ISA", "ALLOW_UNTESTED_SGLANG"})
 
 PolicyName = Literal["psa", "dense"]
 StopName = Literal["marginal", "coverage"]
-ScorerName = Literal["sketch", "hybrid"]
+ScorerName = Literal[
+    "sketch",
+    "hybrid",
+    "mean",
+    "box",
+    "gaussian",
+    "cuboid_mean",
+    "rotated_sketch",
+    "two_level",
+    "exact",
+]
 BackendName = Literal["auto", "cpu", "torch", "reference"]
 
 
@@ -72,12 +82,17 @@ class PSAConfig:
     scorer: Annotated[
         ScorerName,
         Meta(
-            description="How the mass of an unread page is estimated: sketch (low-bit keys) or "
-            "hybrid (page moments and cuboid-mean)."
+            description="How the mass of an unread page is estimated. Low-bit keys: sketch, "
+            "rotated_sketch, two_level (more bits for candidate pages). Page summaries: hybrid, "
+            "mean, box (Quest), gaussian, cuboid_mean (ArkVale). exact reads all keys (audits)."
         ),
     ] = "sketch"
     sketch_bits: Annotated[
-        Literal[1, 2, 4], Meta(description="Bits per key element of the sketch scorer: 1, 2 or 4.")
+        Literal[1, 2, 4],
+        Meta(
+            description="Bits per key element of sketch, rotated_sketch and the second level "
+            "of two_level: 1, 2 or 4."
+        ),
     ] = 2
     group_pages: Annotated[
         int, Meta(ge=1, le=1024, description="Pages attended between two stop tests.")
@@ -116,11 +131,32 @@ class PSAConfig:
         BackendName,
         Meta(description="Kernels: auto, cpu (C++), torch (any device) or reference (slow)."),
     ] = "auto"
+    candidate_pages: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Most pages of a request and KV head that the second level of two_level "
+            "reads.",
+        ),
+    ] = 32
+    candidate_margin: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Pages estimated this many nats below a head's best are not read by the "
+            "second level of two_level.",
+        ),
+    ] = 8.0
 
     def __post_init__(self) -> None:
         for field in _FIELDS:
             value = check_value(field, getattr(self, field.name), where=field.name)
             object.__setattr__(self, field.name, value)
+        if self.scorer == "two_level" and self.sketch_bits == 1:
+            raise ConfigError(
+                "scorer='two_level' reads one bit first and sketch_bits second: set sketch_bits to "
+                "2 or 4, or scorer to 'rotated_sketch'"
+            )
 
     @classmethod
     def from_sources(
