@@ -25,10 +25,14 @@ ENV_PREFIX = "SGL_PSA_"
 #: Variables with the prefix that configure the build and the plugin, not the method.
 ENV_RESERVED = frozenset({"CACHE_DIR", "CPU_ISA", "ALLOW_UNTESTED_SGLANG"})
 
-PolicyName = Literal["psa", "dense"]
+PolicyName = Literal[
+    "psa", "dense", "topk", "window", "swa", "top_p", "oracle_top_p", "oracle_marginal"
+]
 StopName = Literal["marginal", "coverage"]
 ScorerName = Literal["sketch", "hybrid"]
 BackendName = Literal["auto", "cpu", "torch", "reference"]
+#: Stands for the policy's own default; a constructed PSAConfig holds a scorer's name instead.
+AUTO_SCORER = "auto"
 
 
 class ConfigError(ValueError):
@@ -39,13 +43,22 @@ class ConfigError(ValueError):
 class PSAConfig:
     """Server-wide settings; immutable, validated on construction.
 
+    ``scorer="auto"`` is replaced by the name of the policy's default scorer on construction, so
+    that whoever reads the settings sees what runs.
+
     Raises:
-        ConfigError: a value is of the wrong type, out of range, or not one of the choices.
+        ConfigError: a value is of the wrong type, out of range, not one of the choices, or does
+            not go with the policy.
     """
 
     policy: Annotated[
         PolicyName,
-        Meta(description="Which pages a decode step reads: psa, or all of them (dense)."),
+        Meta(
+            description="Which pages a decode step reads: psa, all of them (dense), BUDGET_PAGES "
+            "of the best scores (topk), of the newest (window) or of the most attended so far "
+            "(swa), the fewest that reach COVERAGE by the scores (top_p), or psa and top_p by the "
+            "true masses, for comparison (oracle_marginal, oracle_top_p)."
+        ),
     ] = "psa"
     stop: Annotated[
         StopName,
@@ -70,12 +83,12 @@ class PSAConfig:
         ),
     ] = 0.1
     scorer: Annotated[
-        ScorerName,
+        Literal[ScorerName, "auto"],
         Meta(
             description="How the mass of an unread page is estimated: sketch (low-bit keys) or "
-            "hybrid (page moments and cuboid-mean)."
+            "hybrid (page moments and cuboid-mean); auto: the one that the policy is known with."
         ),
-    ] = "sketch"
+    ] = "auto"
     sketch_bits: Annotated[
         Literal[1, 2, 4], Meta(description="Bits per key element of the sketch scorer: 1, 2 or 4.")
     ] = 2
@@ -112,6 +125,14 @@ class PSAConfig:
             "estimate of what remains."
         ),
     ] = False
+    budget_pages: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Pages a KV head reads under --psa-policy topk, window and swa, sink and "
+            "recent pages included.",
+        ),
+    ] = 64
     backend: Annotated[
         BackendName,
         Meta(description="Kernels: auto, cpu (C++), torch (any device) or reference (slow)."),
@@ -121,6 +142,12 @@ class PSAConfig:
         for field in _FIELDS:
             value = check_value(field, getattr(self, field.name), where=field.name)
             object.__setattr__(self, field.name, value)
+        # Policies know settings, so their table can only be imported when one is checked.
+        from sgl_psa.policies import POLICIES, legal
+
+        policy = POLICIES[self.policy]
+        object.__setattr__(self, "scorer", legal.resolve_scorer(policy, self.scorer))
+        legal.check_budget(policy, self.budget_pages, self.sink_pages, self.recent_pages)
 
     @classmethod
     def from_sources(
@@ -283,4 +310,4 @@ def _collect_fields() -> tuple[ConfigField, ...]:
 _FIELDS = _collect_fields()
 
 #: Read-only view of the defaults, field name -> value.
-DEFAULTS: Mapping[str, Any] = types.MappingProxyType(PSAConfig().as_dict())
+DEFAULTS: Mapping[str, Any] = types.MappingProxyType({f.name: f.default for f in _FIELDS})

@@ -91,6 +91,13 @@ class Scorer(ABC):
             float32 [B, Hq, max_pages]; unspecified past a row's last page and for inactive rows.
         """
 
+    def read_bytes(self, layer: int) -> torch.Tensor | None:
+        """Bytes that the newest ``score`` of ``layer`` read, float32 [B, Hkv].
+
+        ``None``: every scored page cost ``bytes_per_page``.
+        """
+        return None
+
     @abstractmethod
     def state_tensors(self) -> list[torch.Tensor]:
         """Every tensor of the state, the watermark aside; first dimension is the layer."""
