@@ -29,7 +29,17 @@ PolicyName = Literal[
     "psa", "dense", "topk", "window", "swa", "top_p", "oracle_top_p", "oracle_marginal"
 ]
 StopName = Literal["marginal", "coverage"]
-ScorerName = Literal["sketch", "hybrid"]
+ScorerName = Literal[
+    "sketch",
+    "hybrid",
+    "mean",
+    "box",
+    "gaussian",
+    "cuboid_mean",
+    "rotated_sketch",
+    "two_level",
+    "exact",
+]
 BackendName = Literal["auto", "cpu", "torch", "reference"]
 #: Stands for the policy's own default; a constructed PSAConfig holds a scorer's name instead.
 AUTO_SCORER = "auto"
@@ -85,12 +95,18 @@ class PSAConfig:
     scorer: Annotated[
         Literal[ScorerName, "auto"],
         Meta(
-            description="How the mass of an unread page is estimated: sketch (low-bit keys) or "
-            "hybrid (page moments and cuboid-mean); auto: the one that the policy is known with."
+            description="How the mass of an unread page is estimated. Low-bit keys: sketch, "
+            "rotated_sketch, two_level (more bits for candidate pages). Page summaries: hybrid, "
+            "mean, box (Quest), gaussian, cuboid_mean (ArkVale). exact reads all keys (audits). "
+            "auto: the one that the policy is known with."
         ),
     ] = "auto"
     sketch_bits: Annotated[
-        Literal[1, 2, 4], Meta(description="Bits per key element of the sketch scorer: 1, 2 or 4.")
+        Literal[1, 2, 4],
+        Meta(
+            description="Bits per key element of sketch, rotated_sketch and the second level "
+            "of two_level: 1, 2 or 4."
+        ),
     ] = 2
     group_pages: Annotated[
         int, Meta(ge=1, le=1024, description="Pages attended between two stop tests.")
@@ -137,6 +153,22 @@ class PSAConfig:
         BackendName,
         Meta(description="Kernels: auto, cpu (C++), torch (any device) or reference (slow)."),
     ] = "auto"
+    candidate_pages: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Most pages of a request and KV head that the second level of two_level "
+            "reads.",
+        ),
+    ] = 32
+    candidate_margin: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Pages estimated this many nats below a head's best are not read by the "
+            "second level of two_level.",
+        ),
+    ] = 8.0
 
     def __post_init__(self) -> None:
         for field in _FIELDS:
@@ -148,6 +180,11 @@ class PSAConfig:
         policy = POLICIES[self.policy]
         object.__setattr__(self, "scorer", legal.resolve_scorer(policy, self.scorer))
         legal.check_budget(policy, self.budget_pages, self.sink_pages, self.recent_pages)
+        if self.scorer == "two_level" and self.sketch_bits == 1:
+            raise ConfigError(
+                "scorer='two_level' reads one bit first and sketch_bits second: set sketch_bits to "
+                "2 or 4, or scorer to 'rotated_sketch'"
+            )
 
     @classmethod
     def from_sources(

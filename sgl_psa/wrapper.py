@@ -151,7 +151,7 @@ class PSADecodeWrapper:
         log_mass = self.scorer.score(layer, q, plan.batch, sm_scale)
         read = self.scorer.read_bytes(layer)
         if read is not None:
-            self._scorer_bytes[layer] = read * plan.batch.active[:, None]
+            self._scorer_bytes[layer] = read
         return log_mass
 
     def finish(self) -> StepStats | None:

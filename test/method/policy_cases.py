@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from sgl_psa.config import PSAConfig
-from sgl_psa.policies import POLICIES, Policy
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
-from sgl_psa.scorers import SCORERS, CacheShape, Scorer, make_scorer
+from sgl_psa.scorers import CacheShape, make_scorer
 from sgl_psa.stats import StepStats
 from sgl_psa.wrapper import PSADecodeWrapper
 from test.method.cache import PAGE, Cache, make_cache
@@ -57,40 +56,6 @@ def restricted(cache: Cache, q: torch.Tensor, row: int, read: torch.Tensor) -> t
     return torch.nn.functional.pad(share, (0, DIM - share.shape[1]))
 
 
-class ExactScorer(Scorer):
-    """The true log masses, where the package has no such scorer."""
-
-    name = "exact"
-    bytes_per_page = 0  # type: ignore[assignment]
-
-    def __init__(self, shape: CacheShape, cache: Cache) -> None:
-        super().__init__(shape, "reference")
-        self.cache = cache
-
-    @staticmethod
-    def page_bytes(page_size: int, head_dim: int, bits: int) -> int:
-        return 0
-
-    def on_write(self, layer: int, slots: torch.Tensor, k_cache: torch.Tensor) -> None:
-        self.advance(layer, slots)
-
-    def score(self, layer, q, batch, sm_scale) -> torch.Tensor:
-        out = torch.full((*q.shape[:2], batch.page_table.shape[1]), torch.nan)
-        for row in batch.active.nonzero().squeeze(1).tolist():
-            mass = true_log_mass(self.cache, q, row).flatten(0, 1)
-            out[row, :, : mass.shape[1]] = mass.float()
-        return out
-
-    def state_tensors(self) -> list[torch.Tensor]:
-        return []
-
-
-def scorer_for(policy: Policy) -> str:
-    """The policy's default scorer, or the next one that exists."""
-    exists = [name for name in policy.scorers if name in SCORERS or name == "exact"]
-    return exists[0] if exists else "sketch"
-
-
 Step = tuple[torch.Tensor, StepStats]
 
 
@@ -100,8 +65,7 @@ class Run:
     def __init__(self, cache: Cache, config: PSAConfig, backend: str) -> None:
         self.cache, self.config = cache, config
         shape = CacheShape(1, cache.num_pages, PAGE, *cache.k.shape[1:], torch.device("cpu"))
-        known = config.scorer in SCORERS
-        self.scorer = make_scorer(config, shape, backend) if known else ExactScorer(shape, cache)
+        self.scorer = make_scorer(config, shape, backend)
         for row in range(len(cache.seq_lens)):
             self.scorer.on_write(0, cache.tokens(row), cache.k)
         self.wrapper = PSADecodeWrapper(config, self.scorer, backend=backend, kv_element_bytes=4)
@@ -136,8 +100,6 @@ class Run:
 
 
 def settings(policy: str, **changes) -> PSAConfig:
-    """Small forced sets, no short-context shortcut, the scorer of the policy."""
+    """Small forced sets and no short-context shortcut."""
     base = dict(min_context=0, sink_pages=1, recent_pages=2, group_pages=2, budget_pages=9)
-    scorer = scorer_for(POLICIES[policy])
-    base |= {} if scorer not in SCORERS else {"scorer": scorer}
     return PSAConfig(**{"policy": policy, **base, **changes})

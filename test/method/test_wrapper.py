@@ -63,8 +63,12 @@ def planted(seed: int, length: int, hot_pages: list[int]):
     return cache, q
 
 
+#: A mean dilutes one key among sixteen: these scorers do not see a spike.
+BLIND_TO_SPIKES = {"mean", "gaussian"}
+
+
 @pytest.mark.parametrize("stop", STOP_RULES)
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", sorted(SCORERS.keys() - BLIND_TO_SPIKES))
 def test_few_hot_pages_are_found_among_many(backend, stop, scorer) -> None:
     config = dataclasses.replace(SMALL, stop=stop, scorer=scorer, coverage=0.95, delta=0.05)
     cache, q = planted(3, 128 * PAGE, [17, 61, 90])
