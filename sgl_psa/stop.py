@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from sgl_psa.config import PSAConfig
 from sgl_psa.row import COVERAGE, MARGINAL, Row
-from sgl_psa.rule import RequestRule
+
+if TYPE_CHECKING:
+    from sgl_psa.config import PSAConfig
+    from sgl_psa.rule import RequestRule
 
 
 def coverage_row(rule: RequestRule, config: PSAConfig) -> Row:
