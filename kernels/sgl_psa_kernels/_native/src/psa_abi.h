@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PSA_ABI_VERSION 1
+#define PSA_ABI_VERSION 2
 #define PSA_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -17,7 +17,7 @@ extern "C" {
 
 enum PsaDtype { PSA_BF16 = 0, PSA_FP16 = 1, PSA_FP32 = 2 };
 
-enum PsaMode { PSA_DENSE = 0, PSA_MARGINAL = 1, PSA_COVERAGE = 2 };
+enum PsaMode { PSA_DENSE = 0, PSA_MARGINAL = 1, PSA_COVERAGE = 2, PSA_CONSERVATIVE = 3 };
 
 enum PsaStatus {
   PSA_OK = 0,
