@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from sgl_psa_kernels.progressive_decode import progressive_decode
 
+from sgl_psa.audit import Auditor
 from sgl_psa.config import PSAConfig
 from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers import Scorer
@@ -44,6 +45,14 @@ class PSADecodeWrapper:
         self.page_size = scorer.shape.page_size
         self.cost = ByteCost(2 * scorer.shape.head_dim * kv_element_bytes, scorer.bytes_per_page)
         self.stats = PSAStats(scorer.shape.num_layers)
+        self.audit: Auditor | None = None
+        if config.audit_rate:
+            self.audit = self.stats.audit = Auditor(
+                scorer.shape.num_layers,
+                config.audit_rate,
+                page_size=self.page_size,
+                backend=backend,
+            )
         self._plan: DecodePlan | None = None
         self._columns: dict[int, torch.Tensor] = {}
 
@@ -99,7 +108,8 @@ class PSADecodeWrapper:
         """
         if self._plan is None:
             raise RuntimeError("PSADecodeWrapper.run() needs plan() first")
-        batch, rows, sparse_rows = self._plan
+        plan = self._plan
+        batch, rows, sparse_rows = plan
         log_mass = self.scorer.score(layer, q, batch, sm_scale) if sparse_rows else None
         out, lse, columns = progressive_decode(
             q,
@@ -120,6 +130,8 @@ class PSADecodeWrapper:
             backend=self.backend,
         )
         self._columns[layer] = columns
+        if self.audit is not None:
+            self.audit.observe(layer, q, k_cache, v_cache, out, lse, columns, plan, sm_scale)
         return out, lse
 
     def finish(self) -> StepStats | None:

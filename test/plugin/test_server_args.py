@@ -61,6 +61,7 @@ def test_every_field_has_a_flag_that_reaches_the_config():
         "min_context": 7,
         "correction_std": 2.0,
         "conservative": True,
+        "audit_rate": 0.5,
         "backend": "reference",
     }
     assert set(values) == {f.name for f in fields()}
