@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from sgl_psa.audit.settings import Setting
 from sgl_psa.backends import resolve_backend
 from sgl_psa.rule_table import RuleTable
 from sgl_psa.scorers import CacheShape, Scorer, make_scorer
+from sgl_psa.stats import PAGES
 from sgl_psa.wrapper import PSADecodeWrapper
 
 
@@ -21,7 +23,8 @@ class Measured:
     """Audited rows of one setting, one tensor a (layer, step), float32 [rows].
 
     ``claimed`` holds the kernel's estimate of the coverage. ``pages`` and ``pages_total`` count
-    what was read.
+    what was read; ``pages_by_step`` has the pages attended, float32 [contexts, Hkv], one a layer
+    and step in the order of the steps.
     """
 
     coverage: list[torch.Tensor] = field(default_factory=list)
@@ -29,6 +32,7 @@ class Measured:
     error: list[torch.Tensor] = field(default_factory=list)
     pages: int = 0
     pages_total: int = 0
+    pages_by_step: list[torch.Tensor] = field(default_factory=list)
 
 
 class _Keeper(Auditor):
@@ -38,6 +42,11 @@ class _Keeper(Auditor):
         layers = wrapper.scorer.shape.num_layers
         super().__init__(layers, 1.0, page_size=wrapper.page_size, backend=wrapper.backend)
         self.kept = kept
+
+    def observe(self, layer: int, *args: Any) -> None:
+        columns = args[5]
+        self.kept.pages_by_step.append(columns[..., PAGES].clone())
+        super().observe(layer, *args)
 
     def record(self, layer: int, sample: AuditSample) -> None:
         self.kept.coverage.append(sample.coverage[sample.valid].flatten())

@@ -77,7 +77,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Requested against achieved coverage: one panel a scorer, one line a mode (mean and p05)."""
+    """Attention mass left unread against what was asked for: one panel a scorer, two lines a mode.
+
+    Both axes are 1 - coverage, logarithmic; below the diagonal the promise is kept.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -86,28 +89,24 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     asked = [r for r in rows if r["requested"] is not None]
     scorers = list(dict.fromkeys(r["scorer"] for r in asked))
     figure, panels = pyplot.subplots(
-        1, len(scorers), figsize=(5 * len(scorers), 4), sharey=True, squeeze=False
+        1, len(scorers), figsize=(5 * len(scorers), 4.2), sharey=True, squeeze=False
     )
     for scorer, axes in zip(scorers, panels[0], strict=True):
         mine = [r for r in asked if r["scorer"] == scorer]
         for i, mode in enumerate(dict.fromkeys(r["mode"] for r in mine)):
             points = sorted((r for r in mine if r["mode"] == mode), key=lambda r: r["requested"])
-            x = [r["requested"] for r in points]
-            axes.plot(
-                x, [r["achieved_mean"] for r in points], "o-", color=f"C{i}", label=f"{mode}, mean"
-            )
-            axes.plot(
-                x,
-                [r["achieved_p05"] for r in points],
-                "v--",
-                color=f"C{i}",
-                label=f"{mode}, 5th percentile",
-            )
-        axes.plot([0.9, 1], [0.9, 1], color="grey", linewidth=1)
+            x = [1 - r["requested"] for r in points]
+            lines = (("achieved_mean", "o-", "mean"), ("achieved_p05", "v--", "worst 5 %"))
+            for key, style, name in lines:
+                y = [1 - r[key] for r in points]
+                axes.plot(x, y, style, color=f"C{i}", alpha=0.8, label=f"{mode}, {name}")
+        axes.plot([0.01, 0.1], [0.01, 0.1], color="black", linewidth=1, label="requested")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
         axes.set_title(f"scorer {scorer}")
-        axes.set_xlabel("requested coverage")
-        axes.grid(True, alpha=0.3)
-    panels[0][0].set_ylabel("achieved coverage")
+        axes.set_xlabel("1 - requested coverage")
+        axes.grid(True, which="both", alpha=0.3)
+    panels[0][0].set_ylabel("1 - achieved coverage")
     panels[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

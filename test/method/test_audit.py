@@ -8,7 +8,12 @@ import torch
 
 from sgl_psa.audit import TOLERANCE, AuditCounts, Auditor
 from sgl_psa.audit.auditor import AuditSample, sampled
+from sgl_psa.audit.capture import CapturedModel
+from sgl_psa.audit.contexts import make_context
 from sgl_psa.audit.counts import BIN_EDGES, merge_reports
+from sgl_psa.audit.replay import Replay
+from sgl_psa.audit.report import row as report_row
+from sgl_psa.audit.settings import MODES, REQUESTED, settings
 from sgl_psa.backends import resolve_backend
 from sgl_psa.config import PSAConfig
 from sgl_psa.scorers import SCORERS
@@ -225,3 +230,50 @@ def test_conservative_mode_keeps_its_promise_on_made_up_keys(scorer, make_keys) 
     config = dataclasses.replace(CONFIG, scorer=scorer, conservative=True)
     rates = dict(violation_rate(config, make_keys))
     assert max(rates.values()) <= 0.05, rates
+
+
+@pytest.fixture(scope="module")
+def replay() -> Replay:
+    """The embedded model's own queries and keys: one context of 1024 tokens, 10 positions."""
+    model = CapturedModel()
+    context = make_context(model.tokenizer, 1024, 10, seed=0)
+    assert len(context.ids) == 1024 and context.first == 1014
+    return Replay([model.layers(context.ids, 10)], PAGE)
+
+
+@pytest.mark.parametrize("scorer", ["sketch", "hybrid"])
+def test_conservative_mode_keeps_its_promise_on_a_model(replay: Replay, scorer) -> None:
+    table = settings(scorer)
+    rows = [
+        report_row(s, {replay.length: m}) for s, m in zip(table, replay.measure(table), strict=True)
+    ]
+    heads = replay.contexts[0][0].q.shape[0]
+    assert {r["rows"] for r in rows} == {10 * heads * len(replay.k)}
+    asked = {(r["mode"], r["requested"]): r for r in rows if r["stop"] == "coverage"}
+    for requested in REQUESTED:
+        safe = asked["conservative", requested]
+        assert safe["violation_rate"] <= 0.05
+        assert safe["achieved_mean"] > requested
+        assert safe["pages_fraction"] >= asked["plain", requested]["pages_fraction"]
+    for mode in MODES:
+        pages = [asked[mode, requested]["pages_fraction"] for requested in REQUESTED]
+        assert pages == sorted(pages) and pages[-1] < 1
+    marginal = [r for r in rows if r["stop"] == "marginal"]
+    assert [r["requested"] for r in marginal] == [None] * len(marginal)
+    assert all(0 < r["achieved_p05"] < r["achieved_mean"] < 1 for r in marginal)
+
+
+def test_captured_tensors_are_those_of_the_layers() -> None:
+    """Attention over the captured tensors is the layer's own output."""
+    model = CapturedModel()
+    context = make_context(model.tokenizer, 256, 40, seed=3)
+    outputs = []
+    attention = model.model.model.layers[0].self_attn
+    handle = attention.o_proj.register_forward_pre_hook(lambda _, x: outputs.append(x[0]))
+    first = model.layers(context.ids, 5)[0]
+    handle.remove()
+    group = first.q.shape[0] // first.k.shape[0]
+    k, v = (x.repeat_interleave(group, 0) for x in (first.k, first.v))
+    logits = torch.einsum("htd,hnd->htn", first.q, k)[:, -1] * first.sm_scale
+    want = torch.einsum("hn,hnd->hd", logits.softmax(-1), v)
+    torch.testing.assert_close(want.flatten(), outputs[0][0, -1], rtol=1e-4, atol=1e-5)
