@@ -2,9 +2,9 @@
 
 Per (request, layer, KV head) an online quantile of the page count n* at which the rule stopped:
 
-    log n_hat += eta * (1[n* > n_hat] - (1 - rho))
+    log n_hat += eta * (1[n* > ceil(n_hat)] - (1 - rho))
 
-In the long run n* exceeds n_hat in a share 1 - rho of the steps. The state is in log pages, so a
+In the long run n* exceeds ceil(n_hat), the prediction, in a share 1 - rho of the steps. The state is in log pages, so a
 step changes the prediction by a factor whatever its size. A new request starts from the prior of
 its context length, or from the state of the request whose prefix it shares. Source of the update:
 quantile tracking by stochastic approximation (Robbins and Monro 1951), as in adaptive conformal
@@ -134,8 +134,8 @@ class BudgetState:
 
     def predict(self, slots: torch.Tensor, layer: int, pages: torch.Tensor) -> torch.Tensor:
         """Pages to read at once, int64 [B, Hkv]: 1 up to the context's ``pages`` [B]."""
-        n = torch.ceil(self.log_needed[slots, layer].exp() - 1e-4).long()
-        return torch.minimum(n.clamp(min=1), pages.long()[:, None])
+        n = _whole_pages(self.log_needed[slots, layer]).long()
+        return torch.minimum(n, pages.long()[:, None])
 
     def update(
         self, slots: torch.Tensor, layer: int, needed: torch.Tensor, valid: torch.Tensor
@@ -148,11 +148,16 @@ class BudgetState:
             valid: bool [B], rows that decoded sparsely; the others teach nothing.
         """
         old = self.log_needed[slots, layer]
-        short = needed.to(old.dtype) > old.exp() * (1 + 1e-4)
+        short = needed.to(old.dtype) > _whole_pages(old)
         change = self.eta * (short.to(old.dtype) - (1 - self.rho))
         # n* is never below 1 page, so neither is its quantile.
         new = (old + change).clamp(min=0.0)
         self.log_needed[slots, layer] = torch.where(valid[:, None], new, old)
+
+
+def _whole_pages(log_needed: torch.Tensor) -> torch.Tensor:
+    """Page counts, at least 1; the log of a whole number gives that number in spite of rounding."""
+    return torch.ceil(log_needed.exp() * (1 - 1e-5)).clamp(min=1)
 
 
 def log_quantile(needed: torch.Tensor, rho: float) -> torch.Tensor:
