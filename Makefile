@@ -1,5 +1,7 @@
 # make serve   set everything up, then serve the embedded model with PSA on 127.0.0.1:$(PORT)
 # make test    set everything up, then pass the tests (and the linters)
+# make audit   requested against achieved coverage, to out/audit.json (QUICK=1: under a minute)
+# make calibrate MODEL=DIR   the prior of the budget prediction, to out/budget_prior.json
 # make lint    ruff and mypy
 SHELL := /bin/bash
 PORT ?= 30000
@@ -12,7 +14,7 @@ READY := $(VENV)/.ready
 UV_VERSION := 0.13.8
 LINTED := sgl_psa python kernels test benchmark setup.py
 
-.PHONY: setup serve test test-fast test-server lint format clean
+.PHONY: setup serve test test-fast test-server audit calibrate lint format clean
 
 setup: $(READY)
 
@@ -35,6 +37,12 @@ test-fast: $(READY)
 
 test-server: $(READY)
 	$(BIN)/python -m pytest test -m server
+
+audit: $(READY)
+	$(BIN)/python -m sgl_psa.audit --out out $(if $(filter-out 0,$(QUICK)),--quick)
+
+calibrate: $(READY)
+	$(BIN)/python -m sgl_psa.calibrate --out out/budget_prior.json $(if $(MODEL),--model $(MODEL))
 
 lint: $(READY)
 	$(BIN)/ruff check $(LINTED)

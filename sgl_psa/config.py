@@ -137,8 +137,8 @@ class PSAConfig:
     conservative: Annotated[
         bool,
         Meta(
-            description="Coverage rule: never let the residual correction lower the "
-            "estimate of what remains."
+            description="Coverage rule: correct the estimate of what remains by all pages read "
+            "so far, at least 3 standard deviations up, never down."
         ),
     ] = False
     budget_pages: Annotated[
@@ -149,6 +149,14 @@ class PSAConfig:
             "recent pages included.",
         ),
     ] = 64
+    audit_rate: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="Share of (layer, decode step) that a dense shadow pass audits; 0 = none.",
+        ),
+    ] = 0.0
     backend: Annotated[
         BackendName,
         Meta(description="Kernels: auto, cpu (C++), torch (any device) or reference (slow)."),

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 #: Modes of the progressive loop; the numbers are part of the kernels' interface.
-DENSE, MARGINAL, COVERAGE = 0, 1, 2
+DENSE, MARGINAL, COVERAGE, CONSERVATIVE = 0, 1, 2, 3
 
 
 class Row(NamedTuple):
     """One request's entry in the rule table that the kernels read.
 
     Attributes:
-        mode: ``DENSE``, ``MARGINAL`` or ``COVERAGE``.
+        mode: ``DENSE``, ``MARGINAL``, ``COVERAGE`` or ``CONSERVATIVE`` coverage.
         threshold: natural-log threshold of the stop rule (see :mod:`sgl_psa.stop`).
         kappa_floor: lowest residual correction, in nats; coverage rule only.
         kappa_std: standard deviations added to the mean residual; coverage rule only.

@@ -7,9 +7,12 @@ were read to choose pages, so a fraction is of everything that dense attention w
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from sgl_psa.audit import Auditor
 
 #: Columns of the kernels' per (row, KV head) statistics.
 PAGES, TOKENS, SCORED, ROUNDS, COVERAGE, STALE = range(6)
@@ -148,12 +151,17 @@ def step_stats(
 
 
 class PSAStats:
-    """Totals of a server (one tensor-parallel rank) since start; kept where the steps' are."""
+    """Totals of a server (one tensor-parallel rank) since start; kept where the steps' are.
+
+    Attributes:
+        audit: the auditor whose totals belong to these, if there is one.
+    """
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
         self.decode_steps = 0
         self.sparse_rows = 0
+        self.audit: Auditor | None = None
         self._table = torch.zeros(num_layers, len(fields(ReadCounts)), dtype=torch.float64)
 
     def add(self, step: StepStats) -> None:
@@ -179,4 +187,5 @@ class PSAStats:
             "sparse_rows": self.sparse_rows,
             **self.total().as_dict(),
             "layers": [layer.as_dict() for layer in self.layers],
+            "audit": None if self.audit is None else self.audit.as_dict(),
         }

@@ -6,6 +6,10 @@ Z_b the estimated mass of an unread page b, Z_R the sum of Z_b over all unread p
 * coverage: stop when Z_P / (Z_P + Z_R) >= p, that is log Z_R <= log Z_P + log((1 - p) / p). The
   estimate of log Z_R is corrected by kappa = mean + c * std of (exact - estimated) log mass over
   the pages of the last group. Source: PSA, arXiv 2503.00392, with the correction added.
+  Conservative: mean and deviation are of every page attended so far, and kappa is never below 0.
+  Pages are attended in order of their estimates, so those read last are the ones that the
+  estimates flatter; sinks and recent pages are read whatever their estimates say and show a bias
+  of the scorer from the start. c is at least ``CONSERVATIVE_STD``, found by ``sgl_psa.audit``.
 * marginal: stop when no unread page has Z_b > delta * Z_P. It spends nothing on a diffuse tail of
   pages that are each negligible.
 
@@ -18,18 +22,22 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sgl_psa.row import COVERAGE, MARGINAL, Row
+from sgl_psa.row import CONSERVATIVE, COVERAGE, MARGINAL, Row
 
 if TYPE_CHECKING:
     from sgl_psa.config import PSAConfig
     from sgl_psa.rule import RequestRule
 
+#: Least standard deviations in the correction of the conservative coverage rule.
+CONSERVATIVE_STD = 3.0
+
 
 def coverage_row(rule: RequestRule, config: PSAConfig) -> Row:
     """Threshold log((1 - p) / p); ``rule.coverage`` must be below 1."""
-    floor = 0.0 if config.conservative else -math.inf
     threshold = math.log1p(-rule.coverage) - math.log(rule.coverage)
-    return Row(COVERAGE, threshold, floor, config.correction_std)
+    if config.conservative:
+        return Row(CONSERVATIVE, threshold, 0.0, max(config.correction_std, CONSERVATIVE_STD))
+    return Row(COVERAGE, threshold, -math.inf, config.correction_std)
 
 
 def marginal_row(rule: RequestRule, config: PSAConfig) -> Row:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from sgl_psa_kernels.progressive_decode import progressive_decode
 
+from sgl_psa.audit import Auditor
 from sgl_psa.config import PSAConfig
 from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers import Scorer
@@ -53,6 +54,14 @@ class PSADecodeWrapper:
         self.page_size = scorer.shape.page_size
         self.cost = ByteCost(2 * scorer.shape.head_dim * kv_element_bytes, scorer.bytes_per_page)
         self.stats = PSAStats(scorer.shape.num_layers)
+        self.audit: Auditor | None = None
+        if config.audit_rate:
+            self.audit = self.stats.audit = Auditor(
+                scorer.shape.num_layers,
+                config.audit_rate,
+                page_size=self.page_size,
+                backend=backend,
+            )
         self._plan: DecodePlan | None = None
         self._columns: dict[int, torch.Tensor] = {}
         self._scorer_bytes: dict[int, torch.Tensor] = {}
@@ -139,6 +148,8 @@ class PSADecodeWrapper:
         if choices:
             self._selector.account(layer, choices, columns, q, k_cache, lse, batch, sm_scale)
         self._columns[layer] = columns
+        if self.audit is not None:
+            self.audit.observe(layer, q, k_cache, v_cache, out, lse, columns, plan, sm_scale)
         return out, lse
 
     def _score(

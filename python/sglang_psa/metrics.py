@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sgl_psa.audit import AuditCounts, Auditor
 from sgl_psa.stats import ReadCounts, StepStats
-from sglang_psa import compat
+from sglang_psa import compat, state
 from sglang_psa.hooks import Hook, Kind
 from sglang_psa.server_args import uses_psa
 
@@ -25,6 +26,16 @@ COUNTERS = {
     "bytes_read": "Bytes read by decode, page summaries and sketches included.",
     "bytes_dense": "Bytes that dense decode would have read.",
     "stale_pages": "Pages read only because their summary was out of date.",
+}
+#: Series of the coverage audit -> what it counts; 0 without ``--psa-audit-rate``.
+#: Divide a sum by ``audit_rows``, violations by ``audit_requested_rows``, for means and rates.
+AUDIT_COUNTERS = {
+    "audit_rows": "Audited rows: one a query head, layer, request and step.",
+    "audit_coverage_sum": "True attention mass covered, summed over audited rows.",
+    "audit_claimed_sum": "Estimated attention mass covered, summed over audited rows.",
+    "audit_error_sum": "Relative output error, summed over audited rows.",
+    "audit_requested_rows": "Audited rows under a coverage rule.",
+    "audit_violations": "Audited rows that cover over 0.01 less than requested.",
 }
 _FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 #: Series -> what it shows, and its buckets; one observation a decode step.
@@ -56,7 +67,7 @@ class StepMetrics:
         names, where = list(labels), registry or REGISTRY
         self._counters = {
             name: Counter(PREFIX + name, text, names, registry=where).labels(**labels)
-            for name, text in COUNTERS.items()
+            for name, text in {**COUNTERS, **AUDIT_COUNTERS}.items()
         }
         self._histograms = {
             name: Histogram(PREFIX + name, text, names, buckets=buckets, registry=where).labels(
@@ -64,6 +75,8 @@ class StepMetrics:
             )
             for name, (text, buckets) in HISTOGRAMS.items()
         }
+        self._audited = 0
+        self._audit_seen = AuditCounts()
 
     def observe(self, step: StepStats) -> None:
         """Account one decode step."""
@@ -86,6 +99,23 @@ class StepMetrics:
             self._histograms["coverage"].observe(sums.mean_coverage)
         self._histograms["rounds"].observe(sums.rounds / sums.visits)
 
+    def observe_audit(self, audit: Auditor) -> None:
+        """Account what the auditor has measured since the last call."""
+        if audit.audited == self._audited:
+            return
+        now, before = audit.total(), self._audit_seen
+        amounts = {
+            "audit_rows": now.rows - before.rows,
+            "audit_coverage_sum": now.coverage - before.coverage,
+            "audit_claimed_sum": now.claimed - before.claimed,
+            "audit_error_sum": now.error - before.error,
+            "audit_requested_rows": now.requested_rows - before.requested_rows,
+            "audit_violations": now.violations - before.violations,
+        }
+        for name, amount in amounts.items():
+            self._counters[name].inc(amount)
+        self._audited, self._audit_seen = audit.audited, now
+
 
 _metrics: StepMetrics | None = None
 
@@ -94,6 +124,9 @@ def observe(step: StepStats) -> None:
     """Account one decode step, if this process reports metrics."""
     if _metrics is not None:
         _metrics.observe(step)
+        backend = state.get_backend()
+        if backend is not None and backend.wrapper.audit is not None:
+            _metrics.observe_audit(backend.wrapper.audit)
 
 
 def start(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:

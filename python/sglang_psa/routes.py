@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from sgl_psa.audit.counts import merge_reports
 from sgl_psa.stats import ReadCounts
 from sglang_psa import compat, state
 from sglang_psa.hooks import Hook, Kind
@@ -54,7 +55,8 @@ def merge(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The JSON of the route, from the parts of the data-parallel ranks.
 
     Counts and bytes are sums over ranks, fractions and means follow from them. ``layers`` has one
-    entry a layer; ``ranks`` has the parts without their layers.
+    entry a layer; ``audit`` is ``None`` unless the server audits (``--psa-audit-rate``); ``ranks``
+    has the parts without their layers and audits.
     """
     layers = [
         _sum([rank["layers"][i] for rank in ranks]).as_dict()
@@ -67,8 +69,10 @@ def merge(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **_sum(ranks).as_dict(),
         **{name: ranks[0][name] for name in COMMON},
         "layers": layers,
+        "audit": merge_reports([rank["audit"] for rank in ranks]),
         "ranks": [
-            {k: v for k, v in rank.items() if k != "layers" and k not in COMMON} for rank in ranks
+            {k: v for k, v in rank.items() if k not in ("layers", "audit", *COMMON)}
+            for rank in ranks
         ],
     }
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernel_cases import CASES, Batch, Case, assert_rounded, make_batch, true_log_mass
 from sgl_psa_kernels.progressive_decode import (
+    CONSERVATIVE,
     COVERAGE,
     DENSE,
     MARGINAL,
@@ -23,6 +24,8 @@ RULES = {
     "coverage-.8": (COVERAGE, math.log(0.25), 0.0, 1.0),
     "coverage-.95-bold": (COVERAGE, math.log(0.05 / 0.95), -INF, 0.5),
     "coverage-all": (COVERAGE, -INF, 0.0, 0.0),
+    "conservative-.8": (CONSERVATIVE, math.log(0.25), 0.0, 1.0),
+    "conservative-.5-bold": (CONSERVATIVE, 0.0, -INF, 3.0),
 }
 
 
@@ -104,7 +107,7 @@ def test_forced_pages_and_group_sizes(
         "sink_pages": sink_pages,
         "recent_pages": recent_pages,
     }
-    for rule in ("marginal-.3", "coverage-.8"):
+    for rule in ("marginal-.3", "coverage-.8", "conservative-.8"):
         want = decode(batch, log_mass, RULES[rule], "reference", exact=True, **options)
         check(batch, decode(batch, log_mass, RULES[rule], backend, **options), want)
 
@@ -123,7 +126,7 @@ def test_a_row_that_fills_the_page_table_beside_a_dense_one(rule: str, backend: 
 
 
 def test_rules_mix_in_one_batch(backend: str) -> None:
-    batch = make_batch(Case(torch.bfloat16, 128, 16, 2, 4, (300, 0, 301, 600, 290, 17)))
+    batch = make_batch(Case(torch.bfloat16, 128, 16, 2, 4, (300, 0, 301, 600, 290, 17, 310, 500)))
     log_mass = estimates(batch)
     rules = [RULES[name] for name in RULES]
     check(
@@ -156,7 +159,7 @@ def test_large_and_tiny_logits_stay_finite(backend: str) -> None:
         assert torch.equal(stats[..., :4], want[2][..., :4])
 
 
-@pytest.mark.parametrize("rule", ["dense", "marginal-.02", "coverage-.95-bold"])
+@pytest.mark.parametrize("rule", ["dense", "marginal-.02", "coverage-.95-bold", "conservative-.8"])
 def test_rows_do_not_depend_on_batch_or_threads(rule: str, isa: str) -> None:
     """Bit for bit: batching and the number of threads must not change greedy outputs."""
     case = Case(torch.bfloat16, 128, 16, 2, 4, (1500, 40, 1030))
@@ -191,7 +194,7 @@ def test_rows_do_not_depend_on_batch_or_threads(rule: str, isa: str) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"mode": 3}, "mode"),
+        ({"mode": 4}, "mode"),
         ({"threshold": float("nan")}, "threshold"),
         ({"log_mass": None}, "log_mass"),
         ({"seq_len": 65}, "seq_lens"),

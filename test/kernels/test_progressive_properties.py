@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from kernel_cases import Case, make_batch, true_log_mass
 from sgl_psa_kernels import BACKENDS
 from sgl_psa_kernels.progressive_decode import (
+    CONSERVATIVE,
     COVERAGE,
     DENSE,
     MARGINAL,
@@ -40,7 +41,9 @@ def problems(draw):
     log_mass[stale] = INF
     modes = draw(
         st.lists(
-            st.sampled_from([DENSE, MARGINAL, COVERAGE]), min_size=len(lens), max_size=len(lens)
+            st.sampled_from([DENSE, MARGINAL, COVERAGE, CONSERVATIVE]),
+            min_size=len(lens),
+            max_size=len(lens),
         )
     )
     threshold = draw(st.sampled_from([-INF, -6.0, -2.0, 0.0, 3.0]))
@@ -151,7 +154,7 @@ def test_a_rule_that_never_stops_is_dense(problem) -> None:
     live = batch.seq_lens > 0
     for backend in BACKENDS:
         dense = solve(problem, backend, mode=torch.zeros(rows, dtype=torch.int32), log_mass=None)
-        for mode in (MARGINAL, COVERAGE):
+        for mode in (MARGINAL, COVERAGE, CONSERVATIVE):
             everything = solve(
                 problem,
                 backend,

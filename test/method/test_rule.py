@@ -7,9 +7,10 @@ import torch
 
 from sgl_psa.config import ConfigError, PSAConfig
 from sgl_psa.policies import POLICIES
-from sgl_psa.row import COVERAGE, DENSE, MARGINAL
+from sgl_psa.row import CONSERVATIVE, COVERAGE, DENSE, MARGINAL
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
+from sgl_psa.stop import CONSERVATIVE_STD
 
 CONFIG = PSAConfig()
 
@@ -106,14 +107,14 @@ def test_what_a_policy_cannot_use_is_refused(params: dict, message: str) -> None
 
 
 def test_rows_hold_the_thresholds() -> None:
-    config = PSAConfig(correction_std=2.0, conservative=True)
+    config = PSAConfig(correction_std=2.0)
     table = RuleTable(config, 4, "cpu")
     table.set(1, RequestRule.parse({"psa_coverage": 0.75}, config))
     table.set(2, RequestRule.parse({"psa_policy": "dense"}, config))
     rows = table.rows(torch.tensor([2, 1, 0]))
     assert rows.mode.tolist() == [DENSE, COVERAGE, MARGINAL]
     assert rows.threshold[1:].tolist() == pytest.approx([math.log(1 / 3), math.log(0.1)])
-    assert rows.kappa_floor[1] == 0 and rows.kappa_std[1] == 2
+    assert rows.kappa_floor[1] == -math.inf and rows.kappa_std[1] == 2
     table.set(1, RequestRule.default(config))
     assert table.rows(torch.tensor([1])).mode.tolist() == [MARGINAL]
 
@@ -121,6 +122,9 @@ def test_rows_hold_the_thresholds() -> None:
 def test_the_correction_may_lower_the_estimate_unless_conservative() -> None:
     rule = RequestRule.parse({"psa_coverage": 0.9}, CONFIG)
     assert POLICIES["psa"].row(rule, CONFIG).kappa_floor == -math.inf
+    for std, used in ((1.0, CONSERVATIVE_STD), (5.0, 5.0)):
+        row = POLICIES["psa"].row(rule, PSAConfig(conservative=True, correction_std=std))
+        assert (row.mode, row.kappa_floor, row.kappa_std) == (CONSERVATIVE, 0.0, used)
 
 
 def test_rows_that_choose_their_pages_are_told_to_the_host_only_where_there_are_some() -> None:

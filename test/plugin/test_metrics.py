@@ -1,5 +1,6 @@
 """Prometheus series: names, labels and amounts."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from sglang_psa.metrics import StepMetrics
 
+from sgl_psa.audit import AuditCounts
 from sgl_psa.stats import NUM_COLUMNS, ByteCost, step_stats
 
 LABELS = {"model_name": "m", "tp_rank": 0}
@@ -51,3 +53,38 @@ def test_histograms(registry: CollectorRegistry) -> None:
     assert observed(registry, "rounds_sum") == pytest.approx(3.0)
     assert observed(registry, "rounds_bucket", le="2.0") == 0
     assert observed(registry, "rounds_bucket", le="4.0") == 1
+
+
+class Audit:
+    """An auditor with given totals."""
+
+    def __init__(self) -> None:
+        self.audited = 0
+        self.counts = AuditCounts()
+
+    def measure(self, counts: AuditCounts) -> None:
+        self.audited += 1
+        self.counts.add(counts)
+
+    def total(self) -> AuditCounts:
+        return dataclasses.replace(self.counts)
+
+
+def test_audit_counters_grow_by_what_was_measured_since() -> None:
+    registry = CollectorRegistry()
+    metrics, audit = StepMetrics(LABELS, registry), Audit()
+    assert observed(registry, "audit_rows_total") == 0
+    audit.measure(AuditCounts(4, 3.5, 3.75, 0.5, 2, 1.8, 1))
+    metrics.observe_audit(audit)
+    metrics.observe_audit(audit)
+    audit.measure(AuditCounts(2, 1.5, 2.0, 0.25))
+    metrics.observe_audit(audit)
+    expected = {
+        "audit_rows": 6,
+        "audit_coverage_sum": 5.0,
+        "audit_claimed_sum": 5.75,
+        "audit_error_sum": 0.75,
+        "audit_requested_rows": 2,
+        "audit_violations": 1,
+    }
+    assert {name: observed(registry, f"{name}_total") for name in expected} == expected

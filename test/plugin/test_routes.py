@@ -7,6 +7,8 @@ import pytest
 import torch
 from sglang_psa import routes, state
 
+from sgl_psa.audit import Auditor
+from sgl_psa.audit.auditor import AuditSample
 from sgl_psa.config import PSAConfig
 from sgl_psa.stats import NUM_COLUMNS, ByteCost, PSAStats, step_stats
 
@@ -77,6 +79,23 @@ def test_data_parallel_ranks_are_added_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert merged["layers"][0]["pages_attended"] == 24 * 2
     assert [r["pages_fraction"] for r in merged["ranks"]] == pytest.approx([0.2, 22 / 30])
     assert all("layers" not in r and "config" not in r for r in merged["ranks"])
+
+
+def test_audits_of_ranks_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = []
+    for coverage in (0.5, 1.0):
+        stats = stats_of([4])
+        stats.audit = Auditor(LAYERS, 0.25, page_size=PAGE, backend="reference")
+        ones = torch.ones(1, 2)
+        asked, valid = torch.tensor([0.9]), torch.tensor([True])
+        stats.audit.record(1, AuditSample(coverage * ones, ones, ones, asked, valid))
+        ranks.append(part(monkeypatch, stats, None))
+    audit = routes.merge(ranks)["audit"]
+    assert audit["rate"] == 0.25 and audit["rows"] == 4
+    assert audit["mean_coverage"] == pytest.approx(0.75)
+    assert audit["violation_rate"] == pytest.approx(0.5)
+    assert [layer["rows"] for layer in audit["layers"]] == [0, 4]
+    assert audit["histogram"]["0.5"] == 2 and audit["histogram"]["0.999"] == 2
 
 
 def test_other_backends_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ def test_every_field_has_a_flag_that_reaches_the_config():
         "correction_std": 2.0,
         "conservative": True,
         "budget_pages": 40,
+        "audit_rate": 0.5,
         "backend": "reference",
         "candidate_pages": 9,
         "candidate_margin": 4.5,

@@ -11,6 +11,7 @@ from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
 from sgl_psa_kernels.progressive_decode import cpu, reference, torch_batched
 from sgl_psa_kernels.progressive_decode.modes import (
+    CONSERVATIVE,
     COVERAGE,
     DENSE,
     MARGINAL,
@@ -60,10 +61,12 @@ def progressive_decode(
         seq_lens: int32 [B], tokens including the current one; 0 = padding row.
         log_mass: float32 [B, Hq, max_pages], estimated log mass of every page, or None when every
             row is dense.
-        mode: int32 [B]: 0 dense, 1 marginal, 2 coverage.
-        threshold: float32 [B]: marginal: log(delta); coverage: log((1 - p) / p).
-        kappa_floor: float32 [B], coverage only: lower clamp of the correction kappa.
-        kappa_std: float32 [B], coverage only: multiple of the standard deviation in kappa.
+        mode: int32 [B]: 0 dense, 1 marginal, 2 coverage, 3 conservative coverage.
+        threshold: float32 [B]: marginal: log(delta); both coverages: log((1 - p) / p).
+        kappa_floor: float32 [B], coverages only: lower clamp of the correction kappa of the
+            estimated rest. kappa follows from exact minus estimated log masses: of the last group
+            (coverage), or of every page attended so far, forced pages included (conservative).
+        kappa_std: float32 [B], coverages only: multiple of the standard deviation in kappa.
         page_size: tokens per page, a power of two.
         sm_scale: softmax scale, usually D ** -0.5.
         sink_pages, recent_pages: first and last pages that are always attended, >= 0.
@@ -75,7 +78,7 @@ def progressive_decode(
         stats float32 [B, Hkv, 6] named by ``STAT_NAMES``. Padding rows: 0, -inf, 0.
 
     Raises:
-        ValueError: unknown backend, bad shapes or dtypes, a mode outside of 0..2, a row with rule
+        ValueError: unknown backend, bad shapes or dtypes, a mode outside of 0..3, a row with rule
             but no ``log_mass``, sequences longer than the page table, page numbers outside of the
             pool.
         RuntimeError: backend "cpu" without a usable native library.
@@ -129,4 +132,12 @@ def progressive_decode(
     )
 
 
-__all__ = ["COVERAGE", "DENSE", "MARGINAL", "NUM_STATS", "STAT_NAMES", "progressive_decode"]
+__all__ = [
+    "CONSERVATIVE",
+    "COVERAGE",
+    "DENSE",
+    "MARGINAL",
+    "NUM_STATS",
+    "STAT_NAMES",
+    "progressive_decode",
+]

@@ -3,6 +3,7 @@
 DENSE = 0
 MARGINAL = 1
 COVERAGE = 2
+CONSERVATIVE = 3
 
 STAT_NAMES = (
     "pages_attended",

@@ -7,7 +7,13 @@ import torch
 
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.merge_state.reference import merge_state
-from sgl_psa_kernels.progressive_decode.modes import COVERAGE, DENSE, MARGINAL, NUM_STATS
+from sgl_psa_kernels.progressive_decode.modes import (
+    CONSERVATIVE,
+    COVERAGE,
+    DENSE,
+    MARGINAL,
+    NUM_STATS,
+)
 
 INF = float("inf")
 
@@ -49,6 +55,33 @@ class Rule:
     kappa_std: float
 
 
+@dataclass
+class Residuals:
+    """Exact minus estimated log masses of attended pages, one list a query head.
+
+    Estimates of +inf, NaN and -inf are no estimates; their pages do not count.
+    """
+
+    rule: Rule
+    values: list[torch.Tensor]
+
+    def add(self, exact: torch.Tensor, estimate: torch.Tensor) -> None:
+        """Add the pages of exact, estimate [G, pages]."""
+        for h, (x, e) in enumerate(zip(exact, estimate, strict=True)):
+            known = torch.isfinite(e)
+            self.values[h] = torch.cat([self.values[h], x[known] - e[known]])
+
+    def correction(self) -> torch.Tensor:
+        """kappa [G]: mean + kappa_std * standard deviation, at least kappa_floor."""
+        kappa = torch.stack(
+            [
+                x.mean() + self.rule.kappa_std * x.std(correction=0) if len(x) else x.new_zeros(())
+                for x in self.values
+            ]
+        )
+        return kappa.clamp(min=self.rule.kappa_floor)
+
+
 def select_and_attend(
     head: HeadRow,
     log_mass: torch.Tensor,
@@ -66,12 +99,17 @@ def select_and_attend(
         for page in range(n)
         if page < sink_pages or page >= n - max(recent_pages, 1) or stale[page]
     ]
-    head.attend(forced)
+    exact = head.attend(forced)
+    residuals = Residuals(rule, list(log_mass[:, :0]))
+    kappa = torch.zeros_like(head.lse)
+    if rule.mode == CONSERVATIVE:
+        fresh = [i for i, page in enumerate(forced) if not stale[page]]
+        residuals.add(exact[:, fresh], log_mass[:, [forced[i] for i in fresh]])
+        kappa = residuals.correction()
     remaining = [page for page in range(n) if page not in set(forced)]
     scored = len(remaining)
 
     rounds = 0
-    kappa = torch.zeros_like(head.lse)
     if remaining:
         log_total = torch.logaddexp(head.lse, torch.logsumexp(log_mass[:, remaining], dim=1))
         key = (log_mass - log_total.unsqueeze(1)).amax(0).tolist()
@@ -88,9 +126,10 @@ def select_and_attend(
             if bool((left + kappa <= head.lse + rule.threshold).all()):
                 break
             group = remaining[:group_pages]
-            residual = head.attend(group) - log_mass[:, group]
-            kappa = residual.mean(1) + rule.kappa_std * residual.std(1, correction=0)
-            kappa = kappa.clamp(min=rule.kappa_floor)
+            if rule.mode == COVERAGE:
+                residuals = Residuals(rule, list(log_mass[:, :0]))
+            residuals.add(head.attend(group), log_mass[:, group])
+            kappa = residuals.correction()
         rounds += 1
         remaining = [page for page in remaining if page not in set(group)]
 
@@ -138,8 +177,9 @@ def progressive_decode(
         n = checks.check_row_length(op, b, seq_len, page_table.shape[1], page_size)
         rule = Rule(int(mode[b]), *(float(t[b]) for t in (threshold, kappa_floor, kappa_std)))
         checks.require(
-            rule.mode in (DENSE, MARGINAL, COVERAGE),
-            f"{op}: mode[{b}] must be 0 (dense), 1 (marginal) or 2 (coverage), got {rule.mode}",
+            rule.mode in (DENSE, MARGINAL, COVERAGE, CONSERVATIVE),
+            f"{op}: mode[{b}] must be 0 (dense), 1 (marginal), 2 (coverage) or 3 (conservative), "
+            f"got {rule.mode}",
         )
         checks.require(not math.isnan(rule.threshold), f"{op}: threshold[{b}] is not a number")
         checks.require(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from sgl_psa_kernels.progressive_decode.modes import COVERAGE, DENSE, MARGINAL, NUM_STATS
+from sgl_psa_kernels.progressive_decode.modes import CONSERVATIVE, DENSE, MARGINAL, NUM_STATS
 
 INF = float("inf")
 #: Pages gathered at once; bounds the memory of a dense row.
@@ -81,6 +81,31 @@ class State:
         return mass
 
 
+class Residuals:
+    """Sums of exact minus estimated log masses of attended pages; float64 [3, R, G]."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.dtype = like.dtype
+        self.sums = like.new_zeros(3, *like.shape, dtype=torch.float64)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Start anew except in ``rows`` bool [R]."""
+        self.sums *= rows[:, None]
+
+    def add(self, exact: torch.Tensor, estimate: torch.Tensor, valid: torch.Tensor) -> None:
+        """Add pages [R, G, K] where ``valid`` [R, K] and where there is an estimate."""
+        mask = valid[:, None] & torch.isfinite(estimate)
+        x = (exact.double() - estimate.double()).masked_fill(~mask, 0.0)
+        self.sums += torch.stack([mask.sum(-1), x.sum(-1), x.square().sum(-1)])
+
+    def correction(self, std: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+        """kappa [R, G]: mean + std * deviation, at least floor."""
+        count, total, square = self.sums[0].clamp(min=1), self.sums[1], self.sums[2]
+        mean = total / count
+        spread = (square / count - mean.square()).clamp(min=0).sqrt()
+        return torch.maximum(mean + std[:, None] * spread, floor[:, None]).to(self.dtype)
+
+
 def _first(wanted: torch.Tensor, order: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     """The first ``count`` wanted pages of each row in ``order``: (index, valid), [R, count]."""
     in_order = wanted.gather(1, order)
@@ -141,18 +166,22 @@ def progressive_decode(
     stale = ~(estimate < INF).all(1) & exists & sparse[:, None]
     forced = (place < sink_pages) | (place >= count[:, None] - max(recent_pages, 1)) | stale
     forced = (forced | ~sparse[:, None]) & exists
+    known, safe = estimate, kind == CONSERVATIVE
     estimate = torch.where((exists & ~forced)[:, None], estimate, -INF)
 
     logical = place.expand(batch * num_kv, -1)
     index, valid = _first(forced, logical, int(forced.sum(1).max()) if batch else 0)
+    residuals = Residuals(state.lse)
     if index.shape[1]:
-        state.attend(index, valid)
+        exact = state.attend(index, valid)
+        fresh = valid & safe[:, None] & ~stale.gather(1, index)
+        residuals.add(exact, known.gather(2, index[:, None].expand_as(exact)), fresh)
     total = torch.logaddexp(state.lse, torch.logsumexp(estimate, -1))
     key = (estimate - total[..., None]).amax(1)
     order = torch.argsort(key, dim=1, descending=True, stable=True)
     scored = (exists & ~forced).sum(1) * sparse
     rounds = torch.zeros_like(count)
-    kappa = torch.zeros_like(state.lse)
+    kappa = torch.where(safe[:, None], residuals.correction(std, floor), 0.0)
     running = sparse & (scored > 0)
     while True:
         left = exists & ~state.done & running[:, None]
@@ -166,9 +195,10 @@ def progressive_decode(
         index, valid = _first(wanted, order, group_pages)
         exact = state.attend(index, valid)
         rounds += running
-        residual = exact - estimate.gather(2, index[:, None].expand_as(exact))
-        new = _correction(residual, valid, std, floor)
-        kappa = torch.where((running & (kind == COVERAGE))[:, None], new, kappa)
+        residuals.keep(safe)
+        residuals.add(exact, known.gather(2, index[:, None].expand_as(exact)), valid)
+        new = residuals.correction(std, floor)
+        kappa = torch.where((running & (kind != MARGINAL))[:, None], new, kappa)
 
     rest = estimate.masked_fill((state.done | ~exists)[:, None], -INF)
     remaining = torch.logsumexp(rest, -1) + kappa
@@ -186,15 +216,3 @@ def progressive_decode(
     stats = torch.stack([c.to(torch.float32) for c in columns], -1) * (count > 0)[:, None]
     out = state.out.to(q.dtype).view(batch, num_q, dim)
     return out, state.lse.view(batch, num_q), stats.view(batch, num_kv, NUM_STATS)
-
-
-def _correction(
-    residual: torch.Tensor, valid: torch.Tensor, std: torch.Tensor, floor: torch.Tensor
-) -> torch.Tensor:
-    """kappa [R, G]: mean + std * deviation of the residuals [R, G, K] of the valid pages."""
-    mask = valid[:, None]
-    n = mask.sum(-1).clamp(min=1)
-    x = residual.masked_fill(~mask, 0.0)
-    mean = x.sum(-1) / n
-    spread = ((x - mean[..., None]).masked_fill(~mask, 0.0).square().sum(-1) / n).sqrt()
-    return torch.maximum(mean + std[:, None] * spread, floor[:, None])

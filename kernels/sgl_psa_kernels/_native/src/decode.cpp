@@ -17,7 +17,7 @@ int check(PsaDecodeArgs& a) {
   if (const int status = check_rows(a.rows, nullptr)) return status;
   for (int b = 0; b < a.rows.batch; b++) {
     a.rows.error_index = b;
-    if (a.mode[b] < PSA_DENSE || a.mode[b] > PSA_COVERAGE) return PSA_BAD_MODE;
+    if (a.mode[b] < PSA_DENSE || a.mode[b] > PSA_CONSERVATIVE) return PSA_BAD_MODE;
     if (a.threshold[b] != a.threshold[b]) return PSA_BAD_THRESHOLD;
     if (a.mode[b] != PSA_DENSE && !a.log_mass) return PSA_NO_LOG_MASS;
   }

@@ -4,6 +4,7 @@
 #include "estimates.h"
 #include "pool.h"
 #include "ranking.h"
+#include "residuals.h"
 
 namespace psa {
 
@@ -25,7 +26,7 @@ class Progressive {
     scratch.reset(HeadState::bytes(group_, dim_) + Estimates::bytes(group_, n_) +
                   Scratch::need<float>((size_t)HEAD_BLOCK * pitch_) + Scratch::need<uint8_t>(n_) +
                   Scratch::need<uint64_t>(n_) + Scratch::need<int>(n_) +
-                  4 * Scratch::need<float>(group_) + Scratch::need<double>(2 * group_) +
+                  4 * Scratch::need<float>(group_) + Scratch::need<Residuals>(group_) +
                   Scratch::need<LeftMass>(group_));
     st_.take(scratch, group_, dim_);
     left_.take(scratch, group_, n_);
@@ -38,7 +39,7 @@ class Progressive {
     kappa_ = scratch.take<float>(group_);
     mass_ = scratch.take<float>(group_);
     bar_ = scratch.take<float>(group_);
-    residual_ = scratch.take<double>(2 * group_);
+    residuals_ = scratch.take<Residuals>(group_);
   }
 
   void run() {
@@ -67,6 +68,16 @@ class Progressive {
     tokens_done_ += p.tokens;
   }
 
+  // Attends a page; if wanted, its residuals are added.
+  void attend_and_compare(int page, int fetch, bool wanted) {
+    for (int g = 0; wanted && g < group_; g++) bar_[g] = left_.head(g)[page];
+    attend(page, fetch, wanted);
+    for (int g = 0; wanted && g < group_; g++) residuals_[g].add(mass_[g], bar_[g]);
+  }
+  float correction(int g) const {
+    return residuals_[g].correction(a_.kappa_std[row_], a_.kappa_floor[row_]);
+  }
+
   void attend_forced() {
     left_.mark_stale(stale_);
     const int recent = n_ - std::max(a_.recent_pages, 1);
@@ -75,10 +86,14 @@ class Progressive {
       stale_pages_ += stale_[p];
       if (p < a_.sink_pages || p >= recent || stale_[p]) forced_[count++] = p;
     }
+    const bool conservative = a_.mode[row_] == PSA_CONSERVATIVE;
+    for (int g = 0; g < group_; g++) residuals_[g].clear();
     for (int i = 0; i < count; i++) {
-      const int ahead = i + PREFETCH_PAGES;
-      attend(forced_[i], ahead < count ? forced_[ahead] : -1, false);
+      const int ahead = i + PREFETCH_PAGES, page = forced_[i];
+      attend_and_compare(page, ahead < count ? forced_[ahead] : -1,
+                         conservative && !stale_[page]);
     }
+    for (int g = 0; g < group_; g++) kappa_[g] = conservative ? correction(g) : 0;
     scored_ = n_ - count;
   }
 
@@ -124,14 +139,10 @@ class Progressive {
       if (!picked) break;
       rounds_++;
     }
-    for (int g = 0; g < group_; g++) {
-      kappa_[g] = 0;
-      rest_[g].compute(left_, g);
-    }
+    for (int g = 0; g < group_; g++) rest_[g].compute(left_, g);
   }
 
   void coverage(Ranking& order) {
-    for (int g = 0; g < group_; g++) kappa_[g] = 0;
     const float threshold = a_.threshold[row_];
     int next = 0;
     for (;;) {
@@ -142,25 +153,14 @@ class Progressive {
       }
       if (stop || next == order.size()) break;
       const int end = std::min(order.size(), next + a_.group_pages);
-      for (int i = 0; i < 2 * group_; i++) residual_[i] = 0;
-      const int count = end - next;
+      if (a_.mode[row_] == PSA_COVERAGE)
+        for (int g = 0; g < group_; g++) residuals_[g].clear();
       for (; next < end; next++) {
         const int page = order[next];
-        for (int g = 0; g < group_; g++) bar_[g] = left_.head(g)[page];
-        attend(page, order.peek(next + PREFETCH_PAGES), true);
-        for (int g = 0; g < group_; g++) {
-          const double r = (double)mass_[g] - bar_[g];
-          residual_[2 * g] += r;
-          residual_[2 * g + 1] += r * r;
-          rest_[g].subtract(bar_[g]);
-        }
+        attend_and_compare(page, order.peek(next + PREFETCH_PAGES), true);
+        for (int g = 0; g < group_; g++) rest_[g].subtract(bar_[g]);
       }
-      for (int g = 0; g < group_; g++) {
-        const double mean = residual_[2 * g] / count;
-        const double variance = std::max(0.0, residual_[2 * g + 1] / count - mean * mean);
-        const float k = (float)(mean + a_.kappa_std[row_] * std::sqrt(variance));
-        kappa_[g] = k < a_.kappa_floor[row_] ? a_.kappa_floor[row_] : k;
-      }
+      for (int g = 0; g < group_; g++) kappa_[g] = correction(g);
       rounds_++;
     }
   }
@@ -191,7 +191,7 @@ class Progressive {
   uint64_t* entries_;
   int* forced_;
   float *logits_, *total_, *kappa_, *mass_, *bar_;
-  double* residual_;
+  Residuals* residuals_;
   LeftMass* rest_;
   int pages_done_ = 0, tokens_done_ = 0, scored_ = 0, rounds_ = 0, stale_pages_ = 0;
 };

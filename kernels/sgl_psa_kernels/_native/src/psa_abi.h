@@ -17,7 +17,7 @@ extern "C" {
 
 enum PsaDtype { PSA_BF16 = 0, PSA_FP16 = 1, PSA_FP32 = 2 };
 
-enum PsaMode { PSA_DENSE = 0, PSA_MARGINAL = 1, PSA_COVERAGE = 2 };
+enum PsaMode { PSA_DENSE = 0, PSA_MARGINAL = 1, PSA_COVERAGE = 2, PSA_CONSERVATIVE = 3 };
 
 /* Kinds of page summaries: their vectors are listed in page_summary/kinds.py. */
 enum PsaSummaryKind {
