@@ -1,6 +1,8 @@
 # make serve   set everything up, then serve the embedded model with PSA on 127.0.0.1:$(PORT)
 # make test    set everything up, then pass the tests (and the linters)
 # make lint    ruff and mypy
+# make eval    accuracy against bytes read of the embedded model: out/eval.json, out/report.html;
+#              resumable, about an hour on 2 cores; QUICK=1: a few minutes
 SHELL := /bin/bash
 PORT ?= 30000
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
@@ -12,7 +14,7 @@ READY := $(VENV)/.ready
 UV_VERSION := 0.13.8
 LINTED := sgl_psa python kernels test benchmark setup.py
 
-.PHONY: setup serve test test-fast test-server lint format clean
+.PHONY: setup serve test test-fast test-server eval lint format clean
 
 setup: $(READY)
 
@@ -35,6 +37,9 @@ test-fast: $(READY)
 
 test-server: $(READY)
 	$(BIN)/python -m pytest test -m server
+
+eval: $(READY)
+	$(BIN)/python -m sgl_psa.evaluate --out out $(if $(QUICK),--quick)
 
 lint: $(READY)
 	$(BIN)/ruff check $(LINTED)

@@ -133,3 +133,7 @@ class PSADecodeWrapper:
         step = step_stats(stacked, plan.batch.seq_lens, plan.sparse_rows, self.page_size, self.cost)
         self.stats.add(step)
         return step
+
+    def columns(self, layer: int) -> torch.Tensor:
+        """What ``run`` read in ``layer`` of the open step, float32 [B, Hkv, NUM_COLUMNS]."""
+        return self._columns[layer]
