@@ -18,6 +18,16 @@ from sgl_psa.evaluate.prompt import Prompt
 from sgl_psa.evaluate.tasks import Task
 from sgl_psa.stats import ReadCounts
 
+_SUMS = (
+    "bytes_read",
+    "bytes_dense",
+    "pages_attended",
+    "pages_total",
+    "visits",
+    "rounds",
+    "coverage",
+)
+
 
 class InProcess:
     """Contexts are prefilled densely; questions and answers are decoded under the policy."""
@@ -112,18 +122,8 @@ def _add(result: Measurement, row: Row) -> int:
     assert isinstance(row.counts, torch.Tensor)
     sums = ReadCounts(*row.counts.sum(0).tolist())  # type: ignore[arg-type]
     result.reads.add(
-        **{
-            name: float(getattr(sums, name))
-            for name in (
-                "bytes_read",
-                "bytes_dense",
-                "pages_attended",
-                "pages_total",
-                "visits",
-                "rounds",
-                "coverage",
-            )
-        }
+        estimates=getattr(sums, "estimates", sums.visits),
+        **{name: float(getattr(sums, name)) for name in _SUMS},
     )
     result.heads = row.heads + result.heads
     result.head_pages += row.pages

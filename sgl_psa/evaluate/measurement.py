@@ -19,7 +19,7 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Reads:
-    """Sums over decode steps, layers and KV heads."""
+    """Sums over decode steps, layers and KV heads; ``estimates`` terms have a known coverage."""
 
     bytes_read: float = 0.0
     bytes_dense: float = 0.0
@@ -28,6 +28,7 @@ class Reads:
     visits: float = 0.0
     rounds: float = 0.0
     coverage: float = 0.0
+    estimates: float = 0.0
 
     def add(self, **sums: float) -> None:
         """Add to the named sums."""
@@ -40,7 +41,7 @@ class Reads:
             "bytes_fraction": _ratio(self.bytes_read, self.bytes_dense),
             "pages_fraction": _ratio(self.pages_attended, self.pages_total),
             "rounds": _ratio(self.rounds, self.visits),
-            "coverage": _ratio(self.coverage, self.visits),
+            "coverage": _ratio(self.coverage, self.estimates),
         }
 
 

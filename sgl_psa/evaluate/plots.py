@@ -71,7 +71,7 @@ def score_against_bytes(rows: Sequence[Row]) -> str:
             )
             if points:
                 axes.plot(*zip(*points, strict=True), linewidth=1.2, markersize=5, **look[curve])
-        axes.set_xscale("log")
+        _log_shares(axes)
         axes.set_title(f"{task}, {length} tokens")
         axes.set_xlabel("bytes read / dense")
         axes.set_ylabel(here[0]["metric"])
@@ -84,6 +84,15 @@ def score_against_bytes(rows: Sequence[Row]) -> str:
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 0.97), frameon=False)
     figure.tight_layout()
     return _svg(figure)
+
+
+def _log_shares(axes: Any) -> None:
+    """A logarithmic axis of shares up to 1, with plain numbers."""
+    ticks = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(right=1.05)
 
 
 def bytes_against_length(rows: Sequence[Row]) -> str:
@@ -131,24 +140,27 @@ def _heat_maps(rows: Sequence[Row], column: str, label: str) -> str:
         axes.set_xlabel("KV head")
         axes.set_ylabel("layer")
         axes.set_xticks(range(len(mean[0])))
+        peak = max(max(line) for line in mean)
         if len(mean) * len(mean[0]) <= 64:
             for i, line in enumerate(mean):
                 for j, value in enumerate(line):
-                    axes.text(j, i, f"{value:.3g}", ha="center", va="center", color="white")
+                    shade = "black" if value > 0.6 * peak else "white"
+                    axes.text(j, i, f"{value:.3g}", ha="center", va="center", color=shade)
         figure.colorbar(image, ax=axes, label=label)
     figure.tight_layout()
     return _svg(figure)
 
 
 def coverage(points: Sequence[tuple[str, float, float]]) -> str:
-    """Requested against achieved coverage: (curve, requested, achieved)."""
+    """Requested against mean achieved coverage; points are (curve, requested, achieved)."""
     curves = list(dict.fromkeys(curve for curve, _, _ in points))
     look = _look(curves)
     figure, (axes,) = _panels(1)
     lowest = min(min(asked, got) for _, asked, got in points)
     axes.plot([lowest, 1], [lowest, 1], color="black", linewidth=0.8, linestyle="--")
     for curve in curves:
-        mine = sorted((asked, got) for name, asked, got in points if name == curve)
+        asked = sorted({point[1] for point in points if point[0] == curve})
+        mine = [(x, _mean([p[2] for p in points if p[:2] == (curve, x)])) for x in asked]
         axes.plot(*zip(*mine, strict=True), label=curve, linewidth=1.2, **look[curve])
     axes.set_xlabel("coverage asked for")
     axes.set_ylabel("coverage achieved")

@@ -24,9 +24,8 @@ _KNOBS = {
     "oracle_top_p": "coverage",
     "oracle_marginal": "delta",
 }
+_SKETCHES = ("sketch", "rotated_sketch", "two_level")
 _PSA_KNOBS = {"marginal": "delta", "coverage": "coverage"}
-#: Policies that look at no scores: their scorer is not named in results.
-_BLIND = ("dense", "window", "swa")
 DENSE = "dense"
 
 
@@ -52,11 +51,9 @@ class PolicySpec:
 
     @property
     def scorer(self) -> str | None:
-        """The scorer, with its bits where they count; ``None`` if the policy reads no scores."""
-        if self.policy in _BLIND:
-            return None
-        name = self.config.scorer
-        return f"{name}{self.config.sketch_bits}" if name == "sketch" else name
+        """The scorer; ``None`` if the policy reads no scores."""
+        blind = self.policy == DENSE or not getattr(POLICIES[self.policy], "reads_scores", True)
+        return None if blind else self.config.scorer
 
     @property
     def stop(self) -> str | None:
@@ -66,9 +63,10 @@ class PolicySpec:
     @property
     def curve(self) -> str:
         """Name of the curve that this is a point of: everything but the knob."""
-        return " ".join(
-            part for part in (self.policy, self.stop, self.scorer, *self._extras()) if part
-        )
+        scorer = self.scorer
+        if scorer in _SKETCHES:
+            scorer += f" {self.config.sketch_bits} bit"
+        return " ".join(part for part in (self.policy, self.stop, scorer, *self._extras()) if part)
 
     def _extras(self) -> list[str]:
         shown = {"policy", "stop", "scorer", "sketch_bits", self.knob_name}
@@ -82,6 +80,11 @@ class PolicySpec:
     def rule(self) -> RequestRule:
         """What a request asks for."""
         return RequestRule.default(self.config)
+
+    def request(self) -> dict[str, Any]:
+        """``psa_*`` parameters of a request; only those that the policy uses."""
+        given = {"policy": self.policy, "stop": self.stop, self.knob_name: self.knob}
+        return {f"psa_{k}": v for k, v in given.items() if k is not None and v is not None}
 
     def server_settings(self) -> dict[str, Any]:
         """The settings that are not a request's own: they decide scorer state and wrapper."""
@@ -116,7 +119,7 @@ def parse(text: str, base: PSAConfig | None = None) -> PolicySpec:
         else:
             known = [*STOP_RULES, *SCORERS, "NUMBER", "SETTING=VALUE"]
             raise ConfigError(f"--policies {text!r}: {part!r} is none of {', '.join(known)}")
-    settings = {**(base or PSAConfig()).as_dict(), **_default_scorer(name), **given}
+    settings = {**(base or PSAConfig()).as_dict(), **_default_scorer(name, base), **given}
     knob_name = _PSA_KNOBS[settings["stop"]] if name == "psa" else _KNOBS.get(name)
     if number is not None:
         if knob_name is None:
@@ -153,10 +156,11 @@ def _is_number(part: str) -> bool:
     return True
 
 
-def _default_scorer(policy: str) -> dict[str, str]:
-    """The first scorer that the policy may run with, if it restricts them."""
+def _default_scorer(policy: str, base: PSAConfig | None) -> dict[str, str]:
+    """The policy's own scorer, unless the base's is one that it may run with."""
     scorers = getattr(POLICIES[policy], "scorers", ())
-    return {"scorer": scorers[0]} if scorers else {}
+    suits = not scorers or (base is not None and base.scorer in scorers)
+    return {} if suits else {"scorer": scorers[0]}
 
 
 _QUICK = (
@@ -176,6 +180,7 @@ _FULL = (
     "dense",
     *(f"psa:marginal:{delta}" for delta in (0.3, 0.1, 0.03, 0.01)),
     *(f"psa:marginal:{delta}:sketch_bits=1" for delta in (0.1, 0.03)),
+    *(f"psa:marginal:rotated_sketch:{delta}:sketch_bits=1" for delta in (0.1, 0.03)),
     *(f"psa:marginal:two_level:{delta}" for delta in (0.1, 0.03)),
     *(f"psa:coverage:{p}" for p in (0.9, 0.95, 0.99)),
     *(f"psa:marginal:hybrid:{delta}" for delta in (0.1, 0.01)),

@@ -57,6 +57,7 @@ def make_row(
         "metric": metric,
         "spec": spec.text,
         "curve": spec.curve,
+        "sketch_bits": spec.config.sketch_bits,
         "knob_name": spec.knob_name,
         **fractions,
         **identity,

@@ -10,7 +10,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any
 
 from sgl_psa.config import PSAConfig, fields
@@ -62,7 +61,7 @@ class Server:
         with ThreadPoolExecutor(self.parallel) as pool:
             for spec in specs:
                 result = Measurement()
-                params = {f"psa_{k}": v for k, v in asdict(spec.rule()).items()}
+                params = spec.request()
                 work = [
                     pool.submit(self._ask, example, query, params)
                     for example in examples
@@ -104,11 +103,13 @@ class Server:
 def _sums(psa: dict[str, Any]) -> dict[str, float]:
     """``meta_info["psa"]`` as sums; its means weigh as many visits as there were steps."""
     steps = psa["decode_steps"]
+    coverage = psa["coverage"]
     return {
         **{k: psa[k] for k in ("bytes_read", "bytes_dense", "pages_attended", "pages_total")},
         "visits": steps,
         "rounds": psa["rounds"] * steps,
-        "coverage": psa["coverage"] * steps,
+        "coverage": 0.0 if coverage is None else coverage * steps,
+        "estimates": 0 if coverage is None else steps,
     }
 
 
