@@ -158,7 +158,7 @@ def _is_number(part: str) -> bool:
 
 def _default_scorer(policy: str, base: PSAConfig | None) -> dict[str, str]:
     """The policy's own scorer, unless the base's is one that it may run with."""
-    scorers = getattr(POLICIES[policy], "scorers", ())
+    scorers: tuple[str, ...] = getattr(POLICIES[policy], "scorers", ())
     suits = not scorers or (base is not None and base.scorer in scorers)
     return {} if suits else {"scorer": scorers[0]}
 
