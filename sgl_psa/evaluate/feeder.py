@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -27,13 +27,12 @@ class Feeder(Protocol):
 class Answering:
     """Feeds the turns of a query and answers them greedily; ``outputs`` holds the answers."""
 
-    def __init__(self, tokenizer: Any, prompt: Prompt, query: Query, eos: frozenset[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, prompt: Prompt, query: Query, eos: frozenset[int]) -> None:
+        self._prompt = prompt
         self._query = query
         self._eos = eos
         self._questions = [
-            tokenizer(prompt.turn(turn, first=i == 0), add_special_tokens=False).input_ids
-            for i, turn in enumerate(query.turns)
+            prompt.turn_ids(turn, first=i == 0) for i, turn in enumerate(query.turns)
         ]
         self._answer: list[int] = []
         self._pending = list(self._questions[0])
@@ -54,11 +53,11 @@ class Answering:
         ended = token in self._eos
         if not ended:
             self._answer.append(token)
-            ended = bool(turn.stop) and turn.stop in self._tokenizer.decode([token])
+            ended = bool(turn.stop) and turn.stop in self._prompt.decode([token])
         if not ended and len(self._answer) < turn.max_tokens:
             self._pending = [token]
             return
-        self.outputs.append(self._tokenizer.decode(self._answer))
+        self.outputs.append(self._prompt.decode(self._answer))
         self.tokens.append(self._answer)
         self._answer = []
         if len(self.outputs) < len(self._query.turns):

@@ -51,7 +51,6 @@ class InProcess:
             batch: most rows decoded together.
         """
         self.model = model.eval()
-        self.tokenizer = tokenizer
         self.prompt = Prompt(tokenizer, chat)
         self.batch = batch
         self.identity = {"model": name, "fingerprint": fingerprint(folder), "runner": "in process"}
@@ -101,8 +100,7 @@ class InProcess:
     def _context_ids(self, example: Example | TextExample) -> list[int]:
         if isinstance(example, TextExample):
             return list(example.ids[: example.spans[-1][0]])
-        text = self.prompt.context(example)
-        return self.tokenizer(text, add_special_tokens=not self.prompt.chat).input_ids
+        return self.prompt.context_ids(example)
 
     def _feeders(
         self, example: Example | TextExample, length: int
@@ -113,7 +111,7 @@ class InProcess:
                 yield Forced(example.ids[start:stop], example.ids[start - 1]), start - 1
         else:
             for query in example.queries:
-                yield Answering(self.tokenizer, self.prompt, query, self._eos), length
+                yield Answering(self.prompt, query, self._eos), length
 
 
 def _add(result: Measurement, row: Row) -> int:

@@ -21,6 +21,7 @@ class Prompt:
             ValueError: the template does not keep a message as it is.
         """
         self.chat = chat
+        self._tokenizer = tokenizer
         self._before = self._after = ""
         if not chat:
             return
@@ -42,3 +43,20 @@ class Prompt:
         """What is fed before an answer."""
         prefix = turn.prefix.lstrip() if self.chat else turn.prefix
         return ("" if first else "\n") + turn.question + self._after + prefix
+
+    def context_ids(self, example: Example) -> list[int]:
+        """Token ids of the context, special tokens included."""
+        text = self.context(example)
+        return self._tokenizer(text, add_special_tokens=not self.chat, verbose=False).input_ids
+
+    def turn_ids(self, turn: Turn, first: bool = True) -> list[int]:
+        """Token ids of a turn, which come after those of the context."""
+        return self.encode(self.turn(turn, first))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+        return self._tokenizer(text, add_special_tokens=False).input_ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids."""
+        return self._tokenizer.decode(ids)

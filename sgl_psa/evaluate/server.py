@@ -81,20 +81,18 @@ class Server:
     def _ask(
         self, example: Example, query: Query, params: dict[str, Any]
     ) -> tuple[list[float], list[dict[str, float]]]:
-        grades, reads, text = list[float](), [], self.prompt.context(example)
+        grades, reads, ids = list[float](), [], self.prompt.context_ids(example)
         for i, turn in enumerate(query.turns):
-            text += self.prompt.turn(turn, first=i == 0)
+            ids += self.prompt.turn_ids(turn, first=i == 0)
             sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": turn.max_tokens}
             if turn.stop:
                 sampling["stop"] = turn.stop
-            body = {"text": text, "sampling_params": {**sampling, "custom_params": params}}
+            body = {"input_ids": ids, "sampling_params": {**sampling, "custom_params": params}}
             answer = post(f"{self.url}/generate", body)
             output = answer["text"]
             grades.append(turn.grade(output))
-            text += output.split(turn.stop)[0] if turn.stop else output
-            psa = answer["meta_info"].get("psa")
-            if psa is None:
-                raise ServerError(f"{self.url} does not run PSA: start it with sgl-psa")
+            ids += self.prompt.encode(output.split(turn.stop)[0] if turn.stop else output)
+            psa = answer["meta_info"]["psa"]
             if psa["decode_steps"]:
                 reads.append(_sums(psa))
         return grades, reads
@@ -114,15 +112,18 @@ def _sums(psa: dict[str, Any]) -> dict[str, float]:
 
 
 def server_config(url: str) -> PSAConfig:
-    """The settings that the server runs with."""
-    info = get(f"{url}/get_server_info")
-    known = {f.name: info.get(f"psa_{f.name}") for f in fields()}
-    return PSAConfig(**{name: value for name, value in known.items() if value is not None})
+    """The settings that the server runs with.
+
+    Raises:
+        ServerError: it cannot be reached, or does not run PSA.
+    """
+    config = get(f"{url}/psa/stats")["config"]
+    return PSAConfig(**{f.name: config[f.name] for f in fields() if f.name in config})
 
 
 def model_path(url: str) -> str:
     """What the server calls its model."""
-    return get(f"{url.rstrip('/')}/get_model_info")["model_path"]
+    return get(f"{url.rstrip('/')}/model_info")["model_path"]
 
 
 def get(url: str) -> Any:
@@ -142,6 +143,8 @@ def _open(request: urllib.request.Request) -> Any:
             return json.load(response)
     except urllib.error.HTTPError as error:
         detail = error.read().decode(errors="replace")[:500]
+        if error.code == 404 and request.full_url.endswith("/psa/stats"):
+            detail = "this server does not run PSA: start it with --attention-backend psa"
         raise ServerError(f"{request.full_url}: HTTP {error.code}: {detail}") from None
     except urllib.error.URLError as error:
         raise ServerError(f"{request.full_url}: {error.reason}: is the server running?") from None

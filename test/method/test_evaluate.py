@@ -53,7 +53,7 @@ def test_dense_decodes_what_transformers_generates(loaded, runner) -> None:
     paged.prefill(ids)
     eos = runner._eos
     rows = [
-        Row(Answering(tokenizer, runner.prompt, query, eos), spec.rule(), len(ids))
+        Row(Answering(runner.prompt, query, eos), spec.rule(), len(ids))
         for query in example.queries[:6]
     ]
     paged.decode(paged.groups[0], rows)
