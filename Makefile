@@ -3,6 +3,8 @@
 # make audit   requested against achieved coverage, to out/audit.json (QUICK=1: under a minute)
 # make calibrate MODEL=DIR   the prior of the budget prediction, to out/budget_prior.json
 # make lint    ruff and mypy
+# make eval    accuracy against bytes read of the embedded model: out/eval.json, out/report.html;
+#              resumable, about an hour on 2 cores; QUICK=1: a few minutes
 SHELL := /bin/bash
 PORT ?= 30000
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
@@ -14,7 +16,7 @@ READY := $(VENV)/.ready
 UV_VERSION := 0.13.8
 LINTED := sgl_psa python kernels test benchmark setup.py
 
-.PHONY: setup serve test test-fast test-server audit calibrate lint format clean
+.PHONY: setup serve test test-fast test-server eval audit calibrate lint format clean
 
 setup: $(READY)
 
@@ -43,6 +45,9 @@ audit: $(READY)
 
 calibrate: $(READY)
 	$(BIN)/python -m sgl_psa.calibrate --out out/budget_prior.json $(if $(MODEL),--model $(MODEL))
+
+eval: $(READY)
+	$(BIN)/python -m sgl_psa.evaluate --out out $(if $(filter-out 0,$(QUICK)),--quick)
 
 lint: $(READY)
 	$(BIN)/ruff check $(LINTED)

@@ -184,3 +184,7 @@ class PSADecodeWrapper:
         )
         self.stats.add(step)
         return step
+
+    def columns(self, layer: int) -> torch.Tensor:
+        """What ``run`` read in ``layer`` of the open step, float32 [B, Hkv, NUM_COLUMNS]."""
+        return self._columns[layer]

@@ -1,0 +1,284 @@
+"""A transformers model that prefills densely and decodes through PSADecodeWrapper.
+
+One context is prefilled once into a paged pool. Rows then fork from it, each with pages of its own
+for what it is fed, so any number of questions and policies answer on the same context in one
+batch; when they are done their pages are free again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sgl_psa.backends import resolve_backend
+from sgl_psa.config import PSAConfig
+from sgl_psa.evaluate.feeder import Feeder
+from sgl_psa.rule import RequestRule
+from sgl_psa.rule_table import RuleTable
+from sgl_psa.scorers import CacheShape, make_scorer
+from sgl_psa.stats import PAGES, ROUNDS
+from sgl_psa.wrapper import PSADecodeWrapper
+
+ATTENTION_NAME = "sgl_psa_evaluate"
+PAGE_SIZE = 16
+
+_active: ContextVar[PagedModel] = ContextVar("paged model")
+
+
+@dataclass
+class Row:
+    """One decode row.
+
+    Attributes:
+        prefix: tokens of the prefilled context that the row continues.
+        counts: float64 [L, fields of ReadCounts], sums over the row's steps.
+        heads: float64 [L, Hkv, 2], pages attended and rounds, sums over the row's steps.
+        steps: decode steps.
+        pages: pages that dense attention would have read, per layer and KV head.
+    """
+
+    feeder: Feeder
+    rule: RequestRule
+    prefix: int
+    counts: torch.Tensor | float = 0.0
+    heads: torch.Tensor | float = 0.0
+    steps: int = 0
+    pages: int = 0
+
+
+class Group:
+    """A scorer and a wrapper: what policies of the same server settings share."""
+
+    def __init__(self, config: PSAConfig, shape: CacheShape, rows: int, kv_bytes: int) -> None:
+        backend = resolve_backend(config.backend, shape.device)
+        self.scorer = make_scorer(config, shape, backend)
+        self.wrapper = PSADecodeWrapper(
+            config, self.scorer, backend=backend, kv_element_bytes=kv_bytes
+        )
+        self.table = RuleTable(config, rows, shape.device)
+
+
+@dataclass
+class _Prefill:
+    """An attention pass over the whole context."""
+
+    slots: torch.Tensor
+
+
+@dataclass
+class _Step:
+    """An attention pass over one new token of each row."""
+
+    group: Group
+    slots: torch.Tensor
+    columns: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class PagedModel:
+    """See the module. ``decode`` may be called any number of times after ``prefill``."""
+
+    def __init__(
+        self,
+        model: Any,
+        configs: Sequence[PSAConfig],
+        *,
+        max_context: int,
+        max_rows: int,
+        max_tail: int,
+    ) -> None:
+        """
+        Args:
+            model: a causal language model of transformers, loaded to its device.
+            configs: one a group.
+            max_context: most tokens that ``prefill`` takes.
+            max_rows: most rows of a ``decode``.
+            max_tail: most tokens that a row is fed.
+
+        Raises:
+            ValueError: the model's attention is not what PSA serves.
+        """
+        refuse_unfit(model.config)
+        self.model = model
+        text = model.config.get_text_config()
+        self.num_layers = text.num_hidden_layers
+        kv_heads = text.num_key_value_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        self.max_rows = max_rows
+        self._tail_pages = -(-max_tail // PAGE_SIZE) + 1
+        self._context_pages = -(-max_context // PAGE_SIZE)
+        num_pages = 1 + self._context_pages + max_rows * self._tail_pages
+        shape = CacheShape(self.num_layers, num_pages, PAGE_SIZE, kv_heads, head_dim, self.device)
+        size = (self.num_layers, num_pages * PAGE_SIZE, kv_heads, head_dim)
+        self.k = torch.zeros(size, dtype=parameter.dtype, device=self.device)
+        self.v = torch.zeros_like(self.k)
+        self.groups = [
+            Group(config, shape, max_rows, parameter.element_size()) for config in configs
+        ]
+        self._req_to_token = torch.zeros(
+            max_rows,
+            (self._context_pages + self._tail_pages) * PAGE_SIZE,
+            dtype=torch.int32,
+            device=self.device,
+        )
+        self._length = 0
+        self._pass: _Prefill | _Step | None = None
+        _register()
+        model.set_attn_implementation(ATTENTION_NAME)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Dense attention over ``ids``; replaces what was prefilled before.
+
+        Raises:
+            ValueError: more tokens than the pool was made for.
+        """
+        if len(ids) > self._context_pages * PAGE_SIZE:
+            raise ValueError(
+                f"{len(ids)} tokens do not fit into {self._context_pages} pages of {PAGE_SIZE}"
+            )
+        self._length = len(ids)
+        slots = PAGE_SIZE + torch.arange(len(ids), device=self.device)
+        positions = torch.arange(len(ids), device=self.device)
+        self._forward(torch.tensor([ids], device=self.device), positions[None], _Prefill(slots))
+
+    @torch.inference_mode()
+    def decode(self, group: Group, rows: Sequence[Row]) -> None:
+        """Run rows of one group to their end; the statistics are left in the rows."""
+        self._fork(group, rows)
+        for slot, row in enumerate(rows):
+            group.table.set(slot, row.rule)
+        while True:
+            fed = [(slot, row, row.feeder.next()) for slot, row in enumerate(rows)]
+            live = [(slot, row, token) for slot, row, token in fed if token is not None]
+            if not live:
+                return
+            self._step(group, live)
+
+    def _step(self, group: Group, live: list[tuple[int, Row, int]]) -> None:
+        index = torch.tensor([slot for slot, _, _ in live], device=self.device)
+        positions = torch.tensor([row.prefix + row.steps for _, row, _ in live], device=self.device)
+        tokens = torch.tensor([token for _, _, token in live], device=self.device)
+        slots = self._req_to_token[index, positions].long()
+        group.wrapper.plan(self._req_to_token, index, positions + 1, group.table.rows(index))
+        step = _Step(group, slots)
+        logits = self._forward(tokens[:, None], positions[:, None], step)
+        columns = torch.stack([step.columns[i] for i in range(self.num_layers)])
+        heads = columns[..., [PAGES, ROUNDS]].double()
+        statistics = group.wrapper.finish()
+        assert statistics is not None
+        for i, (_, row, _) in enumerate(live):
+            row.counts = statistics.table[:, i] + row.counts
+            row.heads = heads[:, i] + row.heads
+            row.pages += (row.prefix + row.steps) // PAGE_SIZE + 1
+            row.steps += 1
+            row.feeder.take(logits[i, -1])
+
+    def _forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, work: _Prefill | _Step
+    ) -> torch.Tensor:
+        self._pass = work
+        token = _active.set(self)
+        try:
+            return self.model(
+                input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1
+            ).logits
+        finally:
+            _active.reset(token)
+            self._pass = None
+
+    def _fork(self, group: Group, rows: Sequence[Row]) -> None:
+        """Map the rows' contexts; the open page of each is copied to the row's first own page."""
+        if len(rows) > self.max_rows:
+            raise ValueError(f"{len(rows)} rows: the pool was made for {self.max_rows}")
+        sources, targets = [], []
+        for slot, row in enumerate(rows):
+            if not 0 < row.prefix <= self._length:
+                raise ValueError(f"a row continues {row.prefix} of {self._length} tokens")
+            if row.feeder.longest() > (self._tail_pages - 1) * PAGE_SIZE:
+                raise ValueError(f"a row is fed {row.feeder.longest()} tokens: raise max_tail")
+            shared = row.prefix // PAGE_SIZE * PAGE_SIZE
+            first = (1 + self._context_pages + slot * self._tail_pages) * PAGE_SIZE
+            own = first + torch.arange(self._tail_pages * PAGE_SIZE, device=self.device)
+            context = PAGE_SIZE + torch.arange(row.prefix, device=self.device)
+            self._req_to_token[slot, :shared] = context[:shared].int()
+            self._req_to_token[slot, shared : shared + len(own)] = own.int()
+            sources.append(context[shared:])
+            targets.append(own[: row.prefix - shared])
+        source, target = torch.cat(sources), torch.cat(targets)
+        for layer in range(self.num_layers):
+            self.k[layer][target] = self.k[layer][source]
+            self.v[layer][target] = self.v[layer][source]
+            group.scorer.on_write(layer, target, self.k[layer])
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """One layer of the running pass.
+
+        Args:
+            q: [B, Hq, S, D], after rotary embedding; k, v: [B, Hkv, S, D].
+
+        Returns:
+            [B, S, Hq, D].
+        """
+        work = self._pass
+        assert work is not None
+        if isinstance(work, _Prefill):
+            self.k[layer][work.slots] = k[0].transpose(0, 1)
+            self.v[layer][work.slots] = v[0].transpose(0, 1)
+            for group in self.groups:
+                group.scorer.on_write(layer, work.slots, self.k[layer])
+            shared = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=shared
+            )
+            return out.transpose(1, 2)
+        self.k[layer][work.slots] = k[:, :, 0]
+        self.v[layer][work.slots] = v[:, :, 0]
+        work.group.scorer.on_write(layer, work.slots, self.k[layer])
+        wrapper = work.group.wrapper
+        out, _ = wrapper.run(layer, q[:, :, 0].contiguous(), self.k[layer], self.v[layer], scale)
+        work.columns[layer] = wrapper.columns(layer)
+        return out[:, None]
+
+
+def refuse_unfit(config: Any) -> None:
+    """Raise ``ValueError`` for attention that is not causal, dense and full in every layer."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"{config.model_type} has layers of {', '.join(sorted(kinds))}: "
+            "PSA needs full attention in every layer"
+        )
+    if getattr(text, "num_key_value_heads", None) is None:
+        raise ValueError(f"{config.model_type} has no KV heads of its own: PSA needs GQA or MHA")
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    unknown = {name for name in ("softcap", "s_aux", "sliding_window") if kwargs.get(name)}
+    if unknown:
+        raise ValueError(f"PSA does not serve attention with {', '.join(sorted(unknown))}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _active.get().attend(module.layer_idx, query, key, value, scale), None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _attention)
