@@ -3,8 +3,9 @@
 The first level scores every page from its 1-bit sketch. The second reads ``sketch_bits`` bits a key
 element of the candidate pages only, at most ``candidate_pages`` of a KV head whatever the context.
 All other pages keep their first estimate, which is calibrated, so that a page that was passed over
-can still be attended. Page means, moments and boxes do not serve as a first level: they miss
-single keys that hold most of the mass (``benchmark/scorer_recall.py`` measures it).
+can still be attended. Page means, moments and boxes do not serve as a first level: even among 32
+pages of their choice single keys that hold most of the mass are missing
+(``benchmark/scorer_recall.py`` measures it).
 """
 
 from __future__ import annotations
