@@ -25,17 +25,14 @@ class TwoLevelScorer(Scorer):
 
     name = "two_level"
 
-    def __init__(
-        self, shape: CacheShape, backend: str, bits: int, candidate_pages: int, margin: float
-    ) -> None:
+    def __init__(self, shape: CacheShape, backend: str, bits: int, candidate_pages: int) -> None:
         """
         Args:
             bits: of the second level, more than 1.
             candidate_pages: most pages of a row and KV head that the second level reads.
-            margin: nats below a head's largest first estimate at which no page is a candidate.
         """
         super().__init__(shape, backend)
-        self.candidate_pages, self.margin = candidate_pages, margin
+        self.candidate_pages = candidate_pages
         self.first = RotatedSketchScorer(shape, backend, _FIRST_BITS)
         self.second = RotatedSketchScorer(shape, backend, bits)
         self.first.watermark = self.second.watermark = self.watermark
@@ -43,9 +40,7 @@ class TwoLevelScorer(Scorer):
 
     @classmethod
     def build(cls, config: PSAConfig, shape: CacheShape, backend: str) -> TwoLevelScorer:
-        return cls(
-            shape, backend, config.sketch_bits, config.candidate_pages, config.candidate_margin
-        )
+        return cls(shape, backend, config.sketch_bits, config.candidate_pages)
 
     @classmethod
     def page_bytes(cls, page_size: int, head_dim: int, bits: int) -> int:
@@ -72,7 +67,6 @@ class TwoLevelScorer(Scorer):
             shape.num_kv_heads,
             shape.page_size,
             self.candidate_pages,
-            self.margin,
         )
         fine = self.second.score_rotated(layer, rotated, batch, sm_scale, candidates)
         active = batch.active.to(torch.float32)
