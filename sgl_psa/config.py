@@ -168,15 +168,7 @@ class PSAConfig:
             description="Most pages of a request and KV head that the second level of two_level "
             "reads.",
         ),
-    ] = 32
-    candidate_margin: Annotated[
-        float,
-        Meta(
-            gt=0,
-            description="Pages estimated this many nats below a head's best are not read by the "
-            "second level of two_level.",
-        ),
-    ] = 8.0
+    ] = 64
 
     def __post_init__(self) -> None:
         for field in _FIELDS:

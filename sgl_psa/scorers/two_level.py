@@ -3,8 +3,9 @@
 The first level scores every page from its 1-bit sketch. The second reads ``sketch_bits`` bits a key
 element of the candidate pages only, at most ``candidate_pages`` of a KV head whatever the context.
 All other pages keep their first estimate, which is calibrated, so that a page that was passed over
-can still be attended. Page means, moments and boxes do not serve as a first level: they miss
-single keys that hold most of the mass (``benchmark/scorer_recall.py`` measures it).
+can still be attended. Page means, moments and boxes do not serve as a first level: even among 32
+pages of their choice single keys that hold most of the mass are missing
+(``benchmark/scorer_recall.py`` measures it).
 """
 
 from __future__ import annotations
@@ -24,17 +25,14 @@ class TwoLevelScorer(Scorer):
 
     name = "two_level"
 
-    def __init__(
-        self, shape: CacheShape, backend: str, bits: int, candidate_pages: int, margin: float
-    ) -> None:
+    def __init__(self, shape: CacheShape, backend: str, bits: int, candidate_pages: int) -> None:
         """
         Args:
             bits: of the second level, more than 1.
             candidate_pages: most pages of a row and KV head that the second level reads.
-            margin: nats below a head's largest first estimate at which no page is a candidate.
         """
         super().__init__(shape, backend)
-        self.candidate_pages, self.margin = candidate_pages, margin
+        self.candidate_pages = candidate_pages
         self.first = RotatedSketchScorer(shape, backend, _FIRST_BITS)
         self.second = RotatedSketchScorer(shape, backend, bits)
         self.first.watermark = self.second.watermark = self.watermark
@@ -42,9 +40,7 @@ class TwoLevelScorer(Scorer):
 
     @classmethod
     def build(cls, config: PSAConfig, shape: CacheShape, backend: str) -> TwoLevelScorer:
-        return cls(
-            shape, backend, config.sketch_bits, config.candidate_pages, config.candidate_margin
-        )
+        return cls(shape, backend, config.sketch_bits, config.candidate_pages)
 
     @classmethod
     def page_bytes(cls, page_size: int, head_dim: int, bits: int) -> int:
@@ -71,7 +67,6 @@ class TwoLevelScorer(Scorer):
             shape.num_kv_heads,
             shape.page_size,
             self.candidate_pages,
-            self.margin,
         )
         fine = self.second.score_rotated(layer, rotated, batch, sm_scale, candidates)
         active = batch.active.to(torch.float32)

@@ -148,7 +148,7 @@ def test_rotated_sketches_survive_one_huge_dimension(backend) -> None:
 
 def test_two_level_with_every_page_a_candidate_is_the_second_level(backend) -> None:
     cache, q = spiky(9)
-    config = config_of("two_level", candidate_pages=1000, candidate_margin=1e4)
+    config = config_of("two_level", candidate_pages=1000)
     both = errors(config, cache, q, backend)
     assert torch.equal(both, errors(config_of("rotated_sketch"), cache, q, backend))
 
@@ -161,7 +161,7 @@ def test_two_level_reads_the_second_level_of_candidates_only(backend) -> None:
     first = filled(config_of("rotated_sketch", sketch_bits=1), cache, backend)
     second = filled(config_of("rotated_sketch", sketch_bits=2), cache, backend)
     coarse, fine = (s.score(0, q, batch, SCALE) for s in (first, second))
-    candidates = choose_candidates(coarse, batch, KV_HEADS, PAGE, 5, 8.0)
+    candidates = choose_candidates(coarse, batch, KV_HEADS, PAGE, 5)
     count = -(-LENGTHS[0] // PAGE)
     chosen = candidates[0, :, :count].bool().repeat_interleave(GROUP, 0)
     want = torch.where(chosen, fine[0, :, :count], coarse[0, :, :count])
@@ -174,22 +174,27 @@ def test_two_level_reads_the_second_level_of_candidates_only(backend) -> None:
     assert (candidates.sum(-1) <= 5).all() and (candidates[0].sum(-1) > 0).all()
 
 
-def test_candidates_lie_within_the_margin_and_stale_pages_are_none() -> None:
-    log_mass = torch.tensor([[[5.0, 1.0, 4.5, float("inf"), -9.0], [0.0, 3.0, -1.0, 9.0, -7.0]]])
+def test_candidates_have_the_largest_shares_and_stale_pages_are_none() -> None:
+    # Two heads of one group: the first spreads its mass, the second puts it on one page.
+    log_mass = torch.tensor(
+        [[[9.0, 8.0, 8.5, float("inf"), -9.0], [0.0, 3.0, -1.0, float("inf"), -7.0]]]
+    )
     batch = PageBatch(
         torch.zeros(1, 5, dtype=torch.int32),
         torch.tensor([4 * PAGE + 1], dtype=torch.int32),
         torch.ones(1, dtype=torch.uint8),
     )
-    choose = lambda count, margin: choose_candidates(log_mass, batch, 1, PAGE, count, margin)  # noqa: E731
-    assert choose(9, 1.0).tolist() == [[[1, 0, 1, 1, 0]]]
-    assert choose(9, 5.0).tolist() == [[[1, 1, 1, 1, 0]]]
-    assert choose(1, 100.0).tolist() == [[[0, 0, 0, 1, 0]]]
-    short = batch._replace(seq_lens=torch.tensor([2 * PAGE], dtype=torch.int32))
-    assert choose_candidates(log_mass, short, 1, PAGE, 9, 100.0).tolist() == [[[1, 1, 0, 0, 0]]]
-    for nobody in ({"seq_lens": torch.zeros(1, dtype=torch.int32)}, {"active": batch.active * 0}):
-        nothing = choose_candidates(log_mass, batch._replace(**nobody), 1, PAGE, 9, 100.0)
-        assert nothing.sum() == 0
+
+    def choose(count: int, **replace: torch.Tensor) -> list[int]:
+        chosen = choose_candidates(log_mass, batch._replace(**replace), 1, PAGE, count)
+        assert chosen.dtype == torch.uint8 and chosen.shape == (1, 1, 5)
+        return chosen[0, 0].tolist()
+
+    assert choose(9) == choose(4) == [1, 1, 1, 0, 1]
+    assert [choose(n) for n in (1, 2, 3)] == [[0, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
+    assert choose(9, seq_lens=torch.tensor([2 * PAGE], dtype=torch.int32)) == [1, 1, 0, 0, 0]
+    assert choose(2, seq_lens=torch.zeros(1, dtype=torch.int32)) == [0] * 5
+    assert choose(2, active=batch.active * 0) == [0] * 5
 
 
 def test_two_levels_of_one_bit_are_refused() -> None:

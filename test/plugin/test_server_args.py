@@ -66,7 +66,6 @@ def test_every_field_has_a_flag_that_reaches_the_config():
         "audit_rate": 0.5,
         "backend": "reference",
         "candidate_pages": 9,
-        "candidate_margin": 4.5,
     }
     assert set(values) == {f.name for f in fields()}
     flags = [x for k, v in values.items() for x in (f"--psa-{k.replace('_', '-')}", str(v))]

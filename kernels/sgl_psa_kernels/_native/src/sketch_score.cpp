@@ -127,8 +127,9 @@ DotCodes dot_codes_for(int width, int vectors) {
   switch (blocks_kind(width)) {
     case Blocks::Full: return vectors == 4 ? dot_codes<BITS, Blocks::Full, 4>
                                            : dot_codes<BITS, Blocks::Full, 0>;
-    case Blocks::Half: return vectors == 2 ? dot_codes<BITS, Blocks::Half, 2>
-                                           : dot_codes<BITS, Blocks::Half, 0>;
+    case Blocks::Half: return vectors == 2   ? dot_codes<BITS, Blocks::Half, 2>
+                              : vectors == 4 ? dot_codes<BITS, Blocks::Half, 4>
+                                             : dot_codes<BITS, Blocks::Half, 0>;
     default: return dot_codes<BITS, Blocks::Partial, 0>;
   }
 }
