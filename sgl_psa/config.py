@@ -25,10 +25,24 @@ ENV_PREFIX = "SGL_PSA_"
 #: Variables with the prefix that configure the build and the plugin, not the method.
 ENV_RESERVED = frozenset({"CACHE_DIR", "CPU_ISA", "ALLOW_UNTESTED_SGLANG"})
 
-PolicyName = Literal["psa", "dense"]
+PolicyName = Literal[
+    "psa", "dense", "topk", "window", "swa", "top_p", "oracle_top_p", "oracle_marginal"
+]
 StopName = Literal["marginal", "coverage"]
-ScorerName = Literal["sketch", "hybrid"]
+ScorerName = Literal[
+    "sketch",
+    "hybrid",
+    "mean",
+    "box",
+    "gaussian",
+    "cuboid_mean",
+    "rotated_sketch",
+    "two_level",
+    "exact",
+]
 BackendName = Literal["auto", "cpu", "torch", "reference"]
+#: Stands for the policy's own default; a constructed PSAConfig holds a scorer's name instead.
+AUTO_SCORER = "auto"
 
 
 class ConfigError(ValueError):
@@ -39,13 +53,22 @@ class ConfigError(ValueError):
 class PSAConfig:
     """Server-wide settings; immutable, validated on construction.
 
+    ``scorer="auto"`` is replaced by the name of the policy's default scorer on construction, so
+    that whoever reads the settings sees what runs.
+
     Raises:
-        ConfigError: a value is of the wrong type, out of range, or not one of the choices.
+        ConfigError: a value is of the wrong type, out of range, not one of the choices, or does
+            not go with the policy.
     """
 
     policy: Annotated[
         PolicyName,
-        Meta(description="Which pages a decode step reads: psa, or all of them (dense)."),
+        Meta(
+            description="Which pages a decode step reads: psa, all of them (dense), BUDGET_PAGES "
+            "of the best scores (topk), of the newest (window) or of the most attended so far "
+            "(swa), the fewest that reach COVERAGE by the scores (top_p), or psa and top_p by the "
+            "true masses, for comparison (oracle_marginal, oracle_top_p)."
+        ),
     ] = "psa"
     stop: Annotated[
         StopName,
@@ -70,14 +93,20 @@ class PSAConfig:
         ),
     ] = 0.1
     scorer: Annotated[
-        ScorerName,
+        Literal[ScorerName, "auto"],
         Meta(
-            description="How the mass of an unread page is estimated: sketch (low-bit keys) or "
-            "hybrid (page moments and cuboid-mean)."
+            description="How the mass of an unread page is estimated. Low-bit keys: sketch, "
+            "rotated_sketch, two_level (more bits for candidate pages). Page summaries: hybrid, "
+            "mean, box (Quest), gaussian, cuboid_mean (ArkVale). exact reads all keys (audits). "
+            "auto: the one that the policy is known with."
         ),
-    ] = "sketch"
+    ] = "auto"
     sketch_bits: Annotated[
-        Literal[1, 2, 4], Meta(description="Bits per key element of the sketch scorer: 1, 2 or 4.")
+        Literal[1, 2, 4],
+        Meta(
+            description="Bits per key element of sketch, rotated_sketch and the second level "
+            "of two_level: 1, 2 or 4."
+        ),
     ] = 2
     group_pages: Annotated[
         int, Meta(ge=1, le=1024, description="Pages attended between two stop tests.")
@@ -120,15 +149,50 @@ class PSAConfig:
             description="Share of (layer, decode step) that a dense shadow pass audits; 0 = none.",
         ),
     ] = 0.0
+    budget_pages: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Pages a KV head reads under --psa-policy topk, window and swa, sink and "
+            "recent pages included.",
+        ),
+    ] = 64
     backend: Annotated[
         BackendName,
         Meta(description="Kernels: auto, cpu (C++), torch (any device) or reference (slow)."),
     ] = "auto"
+    candidate_pages: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Most pages of a request and KV head that the second level of two_level "
+            "reads.",
+        ),
+    ] = 32
+    candidate_margin: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Pages estimated this many nats below a head's best are not read by the "
+            "second level of two_level.",
+        ),
+    ] = 8.0
 
     def __post_init__(self) -> None:
         for field in _FIELDS:
             value = check_value(field, getattr(self, field.name), where=field.name)
             object.__setattr__(self, field.name, value)
+        # Policies know settings, so their table can only be imported when one is checked.
+        from sgl_psa.policies import POLICIES, legal
+
+        policy = POLICIES[self.policy]
+        object.__setattr__(self, "scorer", legal.resolve_scorer(policy, self.scorer))
+        legal.check_budget(policy, self.budget_pages, self.sink_pages, self.recent_pages)
+        if self.scorer == "two_level" and self.sketch_bits == 1:
+            raise ConfigError(
+                "scorer='two_level' reads one bit first and sketch_bits second: set sketch_bits to "
+                "2 or 4, or scorer to 'rotated_sketch'"
+            )
 
     @classmethod
     def from_sources(
@@ -291,4 +355,4 @@ def _collect_fields() -> tuple[ConfigField, ...]:
 _FIELDS = _collect_fields()
 
 #: Read-only view of the defaults, field name -> value.
-DEFAULTS: Mapping[str, Any] = types.MappingProxyType(PSAConfig().as_dict())
+DEFAULTS: Mapping[str, Any] = types.MappingProxyType({f.name: f.default for f in _FIELDS})

@@ -18,7 +18,7 @@ class Row(NamedTuple):
         kappa_std: standard deviations added to the mean residual; coverage rule only.
     """
 
-    mode: int
+    mode: int = DENSE
     threshold: float = 0.0
     kappa_floor: float = 0.0
     kappa_std: float = 0.0

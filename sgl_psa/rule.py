@@ -15,25 +15,28 @@ from sgl_psa.config import (
     fields,
     unknown_key,
 )
+from sgl_psa.policies import KNOBS, POLICIES, legal
+from sgl_psa.policies.base import Limit
 
 #: Prefix of the keys in a request, e.g. ``psa_coverage``.
 REQUEST_PREFIX = "psa_"
-REQUEST_FIELDS = ("policy", "stop", "coverage", "delta")
+REQUEST_FIELDS = ("policy", "stop", "coverage", "delta", "budget_pages")
 
 
 @dataclass(frozen=True)
 class RequestRule:
-    """Policy, stop rule and its knob for one request."""
+    """Policy, stop rule and the knobs for one request."""
 
     policy: PolicyName
     stop: StopName
     coverage: float
     delta: float
+    budget_pages: int
 
     @classmethod
     def default(cls, config: PSAConfig) -> RequestRule:
         """What a request gets that asks for nothing."""
-        return cls(config.policy, config.stop, config.coverage, config.delta)
+        return cls(**{name: getattr(config, name) for name in REQUEST_FIELDS})
 
     @classmethod
     def parse(cls, params: Mapping[str, Any] | None, config: PSAConfig) -> RequestRule:
@@ -44,12 +47,16 @@ class RequestRule:
         ``psa_stop="marginal"``.
 
         Raises:
-            ConfigError: unknown key with the prefix, a bad value, or both knobs without a rule.
+            ConfigError: unknown key with the prefix, a bad value, both knobs without a rule, a
+                knob that the policy does not use, or a policy that the server's settings do not
+                suit.
         """
         default = cls.default(config)
         given = _given(params)
         if not given:
             return default
+        policy = POLICIES[given.get("policy", default.policy)]
+        legal.check_request(policy, config.scorer)
         if "stop" not in given:
             knobs = {"coverage": "coverage", "delta": "marginal"}
             implied = [knobs[k] for k in knobs if k in given]
@@ -60,19 +67,32 @@ class RequestRule:
                 )
             if implied:
                 given["stop"] = implied[0]
-        return cls(**{**asdict(default), **given})
+        legal.check_knobs(policy, given, POLICIES.values(), REQUEST_PREFIX)
+        rule = cls(**{**asdict(default), **given})
+        legal.check_budget(
+            policy, rule.budget_pages, config.sink_pages, config.recent_pages, REQUEST_PREFIX
+        )
+        return rule
+
+    @property
+    def limit(self) -> Limit:
+        """What ends reading: ``coverage``, ``marginal`` or ``budget``."""
+        return POLICIES[self.policy].limit or self.stop
+
+    @property
+    def knob(self) -> float:
+        """The number that sets the limit."""
+        value: float = getattr(self, KNOBS[self.limit])
+        return value
 
     @property
     def is_dense(self) -> bool:
         """Whether the rule reads every page whatever the scores say."""
         if self.policy == "dense":
             return True
-        return self.coverage == 1.0 if self.stop == "coverage" else self.delta == 0.0
-
-    @property
-    def knob(self) -> float:
-        """The number that the stop rule uses."""
-        return self.coverage if self.stop == "coverage" else self.delta
+        return {"coverage": self.coverage == 1.0, "marginal": self.delta == 0.0}.get(
+            self.limit, False
+        )
 
     def namespace(self, config: PSAConfig) -> str | None:
         """Name of the prefix-cache namespace, ``None`` for the server's default setting.
@@ -84,7 +104,7 @@ class RequestRule:
             return None
         if self.is_dense:
             return "psa:dense"
-        return f"psa:{self.policy}:{self.stop}:{self.knob:.6g}"
+        return f"psa:{self.policy}:{self.limit}:{self.knob:.6g}"
 
 
 def _given(params: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -11,13 +11,35 @@ from sgl_psa.policies import POLICIES
 from sgl_psa.rule import RequestRule
 
 
+class Pick(NamedTuple):
+    """A row of a batch whose policy chooses pages outright; plain values on the host.
+
+    Attributes:
+        row, slot: places in the batch and in the table.
+        rule: of the request.
+        generation: changes whenever another request takes the slot.
+    """
+
+    row: int
+    slot: int
+    rule: RequestRule
+    generation: int
+
+
 class RuleRows(NamedTuple):
-    """Rules of the rows of one batch; each tensor has length B. See :class:`sgl_psa.row.Row`."""
+    """Rules of the rows of one batch; each tensor has length B. See :class:`sgl_psa.row.Row`.
+
+    Attributes:
+        scored: bool, rows whose policy reads scores.
+        picks: rows whose policy chooses pages outright.
+    """
 
     mode: torch.Tensor
     threshold: torch.Tensor
     kappa_floor: torch.Tensor
     kappa_std: torch.Tensor
+    scored: torch.Tensor
+    picks: tuple[Pick, ...] = ()
 
 
 class RuleTable:
@@ -26,23 +48,42 @@ class RuleTable:
     def __init__(self, config: PSAConfig, num_slots: int, device: torch.device | str) -> None:
         self.config = config
         default = RequestRule.default(config)
+        policy = POLICIES[default.policy]
+        row = policy.row(default, config)
         self.rules: list[RequestRule] = [default] * num_slots
-        row = POLICIES[default.policy](default, config)
+        self._generation = [0] * num_slots
+        self._choosing = set(range(num_slots)) if policy.select else set()
         self._mode = torch.full((num_slots,), row.mode, dtype=torch.int32, device=device)
+        self._scored = torch.full((num_slots,), policy.reads_scores, device=device)
         self._floats = torch.tensor(row[1:], dtype=torch.float32, device=device)[:, None].repeat(
             1, num_slots
         )
 
     def set(self, slot: int, rule: RequestRule) -> None:
-        """Give ``slot`` a rule; writes to the device only when the rule changes."""
-        if self.rules[slot] == rule:
+        """Give ``slot`` a rule; writes to the device only when the rule changes.
+
+        A request keeps its rule object for life, so another object is another request.
+        """
+        old, self.rules[slot] = self.rules[slot], rule
+        self._generation[slot] += rule is not old
+        if old == rule:
             return
-        row = POLICIES[rule.policy](rule, self.config)
-        self.rules[slot] = rule
+        policy = POLICIES[rule.policy]
+        row = policy.row(rule, self.config)
+        if policy.select:
+            self._choosing.add(slot)
+        else:
+            self._choosing.discard(slot)
         self._mode[slot] = row.mode
+        self._scored[slot] = policy.reads_scores
         self._floats[:, slot] = torch.tensor(row[1:], dtype=torch.float32)
 
     def rows(self, slots: torch.Tensor) -> RuleRows:
-        """The rules of ``slots``, int64 [B]."""
+        """The rules of ``slots``, int64 [B]; reads ``slots`` on the host only if some choose."""
         threshold, floor, std = self._floats[:, slots].contiguous().unbind(0)
-        return RuleRows(self._mode[slots], threshold, floor, std)
+        picks = tuple(
+            Pick(row, slot, self.rules[slot], self._generation[slot])
+            for row, slot in enumerate(slots.tolist() if self._choosing else ())
+            if slot in self._choosing
+        )
+        return RuleRows(self._mode[slots], threshold, floor, std, self._scored[slots], picks)

@@ -28,7 +28,11 @@ class ByteCost(NamedTuple):
 
 @dataclass
 class ReadCounts:
-    """Sums over (row, KV head) of decode steps; ``visits`` is the number of terms."""
+    """Sums over (row, KV head) of decode steps; ``visits`` is the number of terms.
+
+    ``coverage`` sums over the ``estimates`` terms of which it is known: a policy that reads no
+    scores has no estimate of what it left out.
+    """
 
     visits: int = 0
     pages_attended: int = 0
@@ -38,6 +42,12 @@ class ReadCounts:
     rounds: float = 0.0
     coverage: float = 0.0
     stale_pages: int = 0
+    estimates: int = 0
+
+    @property
+    def mean_coverage(self) -> float | None:
+        """Mean estimated coverage, ``None`` if none is known."""
+        return self.coverage / self.estimates if self.estimates else None
 
     def add(self, other: ReadCounts) -> None:
         """Add ``other`` to this, in place."""
@@ -45,7 +55,10 @@ class ReadCounts:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def as_dict(self) -> dict[str, Any]:
-        """Counts with the fractions that follow from them; means are over (row, KV head)."""
+        """Counts with the fractions that follow from them; means are over (row, KV head).
+
+        ``mean_coverage`` is ``None`` if no estimate is known, and 1 if nothing ran.
+        """
         return {
             "visits": self.visits,
             "pages_attended": self.pages_attended,
@@ -55,8 +68,9 @@ class ReadCounts:
             "pages_fraction": _ratio(self.pages_attended, self.pages_total),
             "bytes_fraction": _ratio(self.bytes_read, self.bytes_dense),
             "mean_rounds": _ratio(self.rounds, self.visits, empty=0.0),
-            "mean_coverage": _ratio(self.coverage, self.visits),
+            "mean_coverage": self.mean_coverage if self.visits else 1.0,
             "stale_pages": self.stale_pages,
+            "estimates": self.estimates,
         }
 
 
@@ -69,7 +83,7 @@ class StepStats:
     """Statistics of one decode step.
 
     Attributes:
-        table: float64 [L, B, 8], summed over KV heads; columns are the fields of ReadCounts.
+        table: float64 [L, B, 9], summed over KV heads; columns are the fields of ReadCounts.
         sparse_rows: rows of the batch that did not take the dense pass.
     """
 
@@ -86,9 +100,17 @@ class StepStats:
 
 
 def _counts(sums: list[float]) -> ReadCounts:
-    visits, pages, total, read, dense, rounds, coverage, stale = sums
+    visits, pages, total, read, dense, rounds, coverage, stale, estimates = sums
     return ReadCounts(
-        int(visits), int(pages), int(total), int(read), int(dense), rounds, coverage, int(stale)
+        int(visits),
+        int(pages),
+        int(total),
+        int(read),
+        int(dense),
+        rounds,
+        coverage,
+        int(stale),
+        int(estimates),
     )
 
 
@@ -98,25 +120,32 @@ def step_stats(
     sparse_rows: int,
     page_size: int,
     cost: ByteCost,
+    scorer_bytes: torch.Tensor | None = None,
 ) -> StepStats:
     """Turn the kernels' statistics into counts.
 
     Args:
-        columns: float32 [L, B, Hkv, NUM_COLUMNS].
+        columns: float32 [L, B, Hkv, NUM_COLUMNS]; a coverage of NaN is not known.
         seq_lens: int32 [B]; rows of length 0 are padding and count nothing.
+        scorer_bytes: float32 [L, B, Hkv], bytes read to score pages; ``None``: every scored page
+            cost the same.
     """
     x = columns.to(torch.float64)
+    known = ~torch.isnan(x[..., COVERAGE])
+    if scorer_bytes is None:
+        scorer_bytes = x[..., SCORED] * cost.scored_page
     lens = seq_lens.to(torch.float64)[None, :, None].expand(x.shape[:3])
     real = (lens > 0).to(torch.float64)
     columns_out = [
         real,
         x[..., PAGES],
         torch.ceil(lens / page_size),
-        x[..., TOKENS] * cost.token + x[..., SCORED] * cost.scored_page,
+        x[..., TOKENS] * cost.token + scorer_bytes,
         lens * cost.token,
         x[..., ROUNDS],
-        x[..., COVERAGE],
+        x[..., COVERAGE].nan_to_num(nan=0.0),
         x[..., STALE],
+        known.to(torch.float64),
     ]
     return StepStats((torch.stack(columns_out, -1) * real[..., None]).sum(2), sparse_rows)
 

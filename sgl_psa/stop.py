@@ -20,10 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from sgl_psa.config import PSAConfig
 from sgl_psa.row import CONSERVATIVE, COVERAGE, MARGINAL, Row
-from sgl_psa.rule import RequestRule
+
+if TYPE_CHECKING:
+    from sgl_psa.config import PSAConfig
+    from sgl_psa.rule import RequestRule
 
 #: Least standard deviations in the correction of the conservative coverage rule.
 CONSERVATIVE_STD = 3.0

@@ -12,15 +12,24 @@ from sgl_psa.config import PSAConfig
 from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers import Scorer
 from sgl_psa.scorers.base import PageBatch
-from sgl_psa.stats import ByteCost, PSAStats, StepStats, step_stats
+from sgl_psa.selector import Selection, Selector
+from sgl_psa.stats import SCORED, ByteCost, PSAStats, StepStats, step_stats
 
 
 class DecodePlan(NamedTuple):
-    """One decode step, the same for every layer."""
+    """One decode step, the same for every layer.
+
+    Attributes:
+        sparse_rows, scored_rows: how many rows do not take the dense pass, and how many of these
+            have their pages scored.
+        selections: rows whose policies choose their pages outright.
+    """
 
     batch: PageBatch
     rows: RuleRows
     sparse_rows: int
+    scored_rows: int
+    selections: tuple[Selection, ...]
 
 
 class PSADecodeWrapper:
@@ -55,6 +64,8 @@ class PSADecodeWrapper:
             )
         self._plan: DecodePlan | None = None
         self._columns: dict[int, torch.Tensor] = {}
+        self._scorer_bytes: dict[int, torch.Tensor] = {}
+        self._selector = Selector(config, scorer.shape)
 
     def plan(
         self,
@@ -79,8 +90,11 @@ class PSADecodeWrapper:
         page_table = torch.div(heads, self.page_size, rounding_mode="floor").to(torch.int32)
         sparse = (rows.mode != 0) & (seq_lens >= self.config.min_context) & (seq_lens > 0)
         rows = rows._replace(mode=torch.where(sparse, rows.mode, torch.zeros_like(rows.mode)))
-        batch = PageBatch(page_table.contiguous(), seq_lens, sparse.to(torch.uint8))
-        self._plan = DecodePlan(batch, rows, int(sparse.sum()))
+        scored = sparse & rows.scored
+        batch = PageBatch(page_table.contiguous(), seq_lens, scored.to(torch.uint8))
+        sparse_rows, scored_rows = torch.stack([sparse.sum(), scored.sum()]).tolist()
+        selections = self._selector.plan(rows.picks, sparse, batch)
+        self._plan = DecodePlan(batch, rows, sparse_rows, scored_rows, selections)
         return self._plan
 
     def run(
@@ -108,9 +122,11 @@ class PSADecodeWrapper:
         """
         if self._plan is None:
             raise RuntimeError("PSADecodeWrapper.run() needs plan() first")
-        plan = self._plan
-        batch, rows, sparse_rows = plan
-        log_mass = self.scorer.score(layer, q, batch, sm_scale) if sparse_rows else None
+        plan, batch, rows = self._plan, self._plan.batch, self._plan.rows
+        log_mass = self._score(layer, q, plan, sm_scale)
+        choices = []
+        if log_mass is not None and plan.selections:
+            choices = self._selector.choose(layer, plan.selections, log_mass)
         out, lse, columns = progressive_decode(
             q,
             k_cache,
@@ -129,19 +145,42 @@ class PSADecodeWrapper:
             group_pages=self.config.group_pages,
             backend=self.backend,
         )
+        if choices:
+            self._selector.account(layer, choices, columns, q, k_cache, lse, batch, sm_scale)
         self._columns[layer] = columns
         if self.audit is not None:
             self.audit.observe(layer, q, k_cache, v_cache, out, lse, columns, plan, sm_scale)
         return out, lse
 
+    def _score(
+        self, layer: int, q: torch.Tensor, plan: DecodePlan, sm_scale: float
+    ) -> torch.Tensor | None:
+        """Log masses float32 [B, Hq, max_pages]; ``None`` if every row is dense."""
+        if not plan.scored_rows:
+            shape = (*q.shape[:2], plan.batch.page_table.shape[1])
+            return torch.zeros(shape, device=q.device) if plan.sparse_rows else None
+        log_mass = self.scorer.score(layer, q, plan.batch, sm_scale)
+        read = self.scorer.read_bytes(layer)
+        if read is not None:
+            self._scorer_bytes[layer] = read
+        return log_mass
+
     def finish(self) -> StepStats | None:
         """Close the planned step: add it to ``stats`` and return it; ``None`` if nothing ran."""
-        plan, columns = self._plan, self._columns
-        self._plan, self._columns = None, {}
+        plan, columns, read = self._plan, self._columns, self._scorer_bytes
+        self._plan, self._columns, self._scorer_bytes = None, {}, {}
         if plan is None or not columns:
             return None
         blank = torch.zeros_like(next(iter(columns.values())))
-        stacked = torch.stack([columns.get(i, blank) for i in range(self.stats.num_layers)])
-        step = step_stats(stacked, plan.batch.seq_lens, plan.sparse_rows, self.page_size, self.cost)
+        layers = [columns.get(i, blank) for i in range(self.stats.num_layers)]
+        by_page = [layer[..., SCORED] * self.cost.scored_page for layer in layers]
+        step = step_stats(
+            torch.stack(layers),
+            plan.batch.seq_lens,
+            plan.sparse_rows,
+            self.page_size,
+            self.cost,
+            torch.stack([read.get(i, pages) for i, pages in enumerate(by_page)]),
+        )
         self.stats.add(step)
         return step

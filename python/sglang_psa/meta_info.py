@@ -67,18 +67,20 @@ class RequestReads:
         """``meta_info["psa"]``: sums over layers and KV heads, and what follows from them.
 
         The fractions and means are ``None`` while no decode step has run: a request whose only
-        token came from prefill has read nothing sparsely.
+        token came from prefill has read nothing sparsely. ``stop`` names what ends reading
+        (``coverage``, ``marginal`` or ``budget``) and ``knob`` its number. ``coverage`` is an
+        estimate by the scores; a policy that reads none has ``None``.
         """
         counts, ran = self.counts, self.decode_steps > 0
         return {
             "policy": self.rule.policy,
-            "stop": self.rule.stop,
+            "stop": self.rule.limit,
             "knob": self.rule.knob,
             "scorer": self.scorer,
             "decode_steps": self.decode_steps,
             "pages_fraction": counts.pages_attended / counts.pages_total if ran else None,
             "bytes_fraction": counts.bytes_read / counts.bytes_dense if ran else None,
-            "coverage": counts.coverage / counts.visits if ran else None,
+            "coverage": counts.mean_coverage,
             "rounds": counts.rounds / counts.visits if ran else None,
             "pages_attended": int(counts.pages_attended),
             "pages_total": int(counts.pages_total),

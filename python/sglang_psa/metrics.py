@@ -95,7 +95,8 @@ class StepMetrics:
         for name, amount in amounts.items():
             self._counters[name].inc(amount)
         self._histograms["bytes_fraction"].observe(sums.bytes_read / sums.bytes_dense)
-        self._histograms["coverage"].observe(sums.coverage / sums.visits)
+        if sums.mean_coverage is not None:
+            self._histograms["coverage"].observe(sums.mean_coverage)
         self._histograms["rounds"].observe(sums.rounds / sums.visits)
 
     def observe_audit(self, audit: Auditor) -> None:

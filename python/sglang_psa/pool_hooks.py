@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from sgl_psa.config import PSAConfig
-from sgl_psa.scorers import Scorer
-from sgl_psa.scorers.hybrid import HybridScorer
-from sgl_psa.scorers.sketch import SketchScorer
+from sgl_psa.scorers import CacheShape, make_scorer
 from sglang_psa import compat
 from sglang_psa.hooks import Hook, Kind
 from sglang_psa.server_args import psa_config, uses_psa
+
+#: Pages of the small states that are measured; a multiple of any grouping of pages.
+_SAMPLE_PAGES = 256
 
 
 def build_kv_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) -> Any:
@@ -38,18 +42,22 @@ def add_summary_bytes(cell: int, sizer: Any, configurator: Any, num_layers: int)
         return None
     model = configurator.model_config
     heads = model.get_num_kv_heads(compat.get_parallel().attn_tp_size)
-    per_page = summary_bytes(
-        psa_config(configurator.server_args), configurator.server_args.page_size, model.head_dim
-    )
-    watermark = 4
-    per_layer = heads * per_page + watermark
-    return cell + -(-per_layer * num_layers // configurator.server_args.page_size)
+    page_size = configurator.server_args.page_size
+    per_page = summary_bytes(psa_config(configurator.server_args), page_size, heads, model.head_dim)
+    return cell + math.ceil(per_page * num_layers / page_size)
 
 
-def summary_bytes(config: PSAConfig, page_size: int, head_dim: int) -> int:
-    """Bytes of one page's summary of one KV head."""
-    scorers: dict[str, type[Scorer]] = {"sketch": SketchScorer, "hybrid": HybridScorer}
-    return scorers[config.scorer].page_bytes(page_size, head_dim, config.sketch_bits)
+def summary_bytes(config: PSAConfig, page_size: int, num_kv_heads: int, head_dim: int) -> float:
+    """Bytes of a scorer's state by which one more page of one layer makes it larger.
+
+    Measured on two small states, so that any scorer of the table is charged for what it allocates.
+    """
+
+    def size(num_pages: int) -> int:
+        shape = CacheShape(1, num_pages, page_size, num_kv_heads, head_dim, torch.device("cpu"))
+        return make_scorer(config, shape, "reference").size_bytes()
+
+    return (size(2 * _SAMPLE_PAGES) - size(_SAMPLE_PAGES)) / _SAMPLE_PAGES
 
 
 def no_fused_store(enabled: bool, *args: Any, **kwargs: Any) -> bool | None:

@@ -1,6 +1,7 @@
 """A request's own rule: found wherever clients write it, checked before the request is queued.
 
-The keys are ``psa_policy``, ``psa_stop``, ``psa_coverage`` and ``psa_delta``. A client may put them
+The keys are ``psa_policy``, ``psa_stop``, ``psa_coverage``, ``psa_delta`` and ``psa_budget_pages``.
+A client may put them
 
 * among the sampling parameters, of ``/generate`` or of ``sgl.Engine.generate``;
 * at the top level of a JSON body, which is where ``extra_body`` of an OpenAI client goes;

@@ -84,7 +84,7 @@ def _sum(parts: Sequence[dict[str, Any]]) -> ReadCounts:
         sums = {
             **part,
             "rounds": part["mean_rounds"] * part["visits"],
-            "coverage": part["mean_coverage"] * part["visits"],
+            "coverage": (part["mean_coverage"] or 0.0) * part["estimates"],
         }
         total.add(ReadCounts(**{f.name: sums[f.name] for f in fields(ReadCounts)}))
     return total

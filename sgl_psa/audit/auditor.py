@@ -13,7 +13,7 @@ import torch
 from sgl_psa_kernels.progressive_decode import progressive_decode
 
 from sgl_psa.audit.counts import NUM_SUMS, AuditCounts, sums_of
-from sgl_psa.row import CONSERVATIVE, COVERAGE
+from sgl_psa.row import CONSERVATIVE, COVERAGE, DENSE
 from sgl_psa.stats import COVERAGE as CLAIMED
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def measure(
         plan: the step.
     """
     batch, rows = plan.batch, plan.rows
-    valid = batch.active.bool()
+    valid = (rows.mode != DENSE) & (batch.seq_lens > 0)
     zeros = torch.zeros_like(rows.threshold)
     # Rows that were dense anyway become padding rows, which cost nothing.
     dense_out, dense_lse, _ = progressive_decode(

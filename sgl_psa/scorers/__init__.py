@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from sgl_psa.config import PSAConfig
 from sgl_psa.scorers.base import CacheShape, Scorer
+from sgl_psa.scorers.box import BoxScorer
+from sgl_psa.scorers.cuboid_mean import CuboidMeanScorer
+from sgl_psa.scorers.exact import ExactScorer
+from sgl_psa.scorers.gaussian import GaussianScorer
 from sgl_psa.scorers.hybrid import HybridScorer
+from sgl_psa.scorers.mean import MeanScorer
+from sgl_psa.scorers.rotated_sketch import RotatedSketchScorer
 from sgl_psa.scorers.sketch import SketchScorer
+from sgl_psa.scorers.two_level import TwoLevelScorer
 
-#: scorer name -> builder.
-SCORERS: dict[str, Callable[[PSAConfig, CacheShape, str], Scorer]] = {
-    "sketch": lambda config, shape, backend: SketchScorer(shape, backend, config.sketch_bits),
-    "hybrid": lambda config, shape, backend: HybridScorer(shape, backend),
+#: scorer name -> class; ``build`` makes one from the settings.
+SCORERS: dict[str, type[Scorer]] = {
+    scorer.name: scorer
+    for scorer in (
+        SketchScorer,
+        HybridScorer,
+        MeanScorer,
+        BoxScorer,
+        GaussianScorer,
+        CuboidMeanScorer,
+        RotatedSketchScorer,
+        TwoLevelScorer,
+        ExactScorer,
+    )
 }
 
 
@@ -20,9 +35,9 @@ def make_scorer(config: PSAConfig, shape: CacheShape, backend: str) -> Scorer:
     """The scorer named by ``config.scorer``, its state allocated for ``shape``.
 
     Raises:
-        ValueError: the cache's shape does not suit the scorer.
+        ValueError: the cache's shape or a setting does not suit the scorer.
     """
-    return SCORERS[config.scorer](config, shape, backend)
+    return SCORERS[config.scorer].build(config, shape, backend)
 
 
 __all__ = ["SCORERS", "CacheShape", "Scorer", "make_scorer"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
+from sgl_psa.config import PSAConfig
 from sgl_psa.scorers import watermark as wm
 
 
@@ -60,15 +61,29 @@ class Scorer(ABC):
             shape.num_layers, shape.num_pages, dtype=torch.int32, device=shape.device
         )
 
-    @staticmethod
+    @classmethod
+    def build(cls, config: PSAConfig, shape: CacheShape, backend: str) -> Self:
+        """A scorer of this class with the settings that it takes from ``config``.
+
+        Raises:
+            ValueError: the cache's shape or a setting does not suit the scorer.
+        """
+        return cls(shape, backend)
+
+    @classmethod
     @abstractmethod
-    def page_bytes(page_size: int, head_dim: int, bits: int) -> int:
-        """Bytes of state read to score one page of one KV head."""
+    def page_bytes(cls, page_size: int, head_dim: int, bits: int) -> int:
+        """Bytes of state of one page of one KV head; ``bits`` is ``PSAConfig.sketch_bits``."""
 
     @property
     @abstractmethod
     def bytes_per_page(self) -> int:
-        """Bytes of state read to score one page of one KV head of this cache."""
+        """Bytes of state read to score one page of one KV head of this cache, at most."""
+
+    def read_bytes(self, layer: int) -> torch.Tensor | None:
+        """Bytes read by the newest ``score`` of a layer, float32 [B, Hkv], padding and inactive
+        rows 0; ``None``: ``bytes_per_page`` for every page scored."""
+        return None
 
     @abstractmethod
     def on_write(self, layer: int, slots: torch.Tensor, k_cache: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from sgl_psa_kernels import key_sketch
 
+from sgl_psa.config import PSAConfig
 from sgl_psa.scorers.base import CacheShape, PageBatch, Scorer
 
 _AFFINE_BYTES = 4  # scale and zero point, float16 each
@@ -39,8 +40,12 @@ class SketchScorer(Scorer):
         )
         self.affine = torch.zeros(*pages, 2, dtype=torch.float16, device=shape.device)
 
-    @staticmethod
-    def page_bytes(page_size: int, head_dim: int, bits: int) -> int:
+    @classmethod
+    def build(cls, config: PSAConfig, shape: CacheShape, backend: str) -> SketchScorer:
+        return cls(shape, backend, config.sketch_bits)
+
+    @classmethod
+    def page_bytes(cls, page_size: int, head_dim: int, bits: int) -> int:
         return page_size * (head_dim * bits // 8 + _AFFINE_BYTES)
 
     @property

@@ -112,6 +112,19 @@ def test_forced_pages_and_group_sizes(
         check(batch, decode(batch, log_mass, RULES[rule], backend, **options), want)
 
 
+@pytest.mark.parametrize("rule", ["marginal-.02", "coverage-.8", "coverage-all"])
+def test_a_row_that_fills_the_page_table_beside_a_dense_one(rule: str, backend: str) -> None:
+    batch = make_batch(Case(torch.float32, 64, 16, 2, 3, (600, 600)))
+    batch.page_table = batch.page_table[:, :38].contiguous()
+    log_mass = estimates(batch)[..., :38].contiguous()
+    rules = [RULES["dense"], RULES[rule]]
+    check(
+        batch,
+        decode(batch, log_mass, rules, backend),
+        decode(batch, log_mass, rules, "reference", exact=True),
+    )
+
+
 def test_rules_mix_in_one_batch(backend: str) -> None:
     batch = make_batch(Case(torch.bfloat16, 128, 16, 2, 4, (300, 0, 301, 600, 290, 17, 310, 500)))
     log_mass = estimates(batch)

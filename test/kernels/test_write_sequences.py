@@ -20,29 +20,48 @@ STEPS = st.lists(
 )
 
 
-def empty_tables(bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+KINDS = tuple(page_summary.VECTORS)
+SIGNS = key_sketch.rotation_signs(DIM)
+
+
+def empty_tables(
+    bits: int, rotated: bool = False, kind: str = "hybrid"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = (NUM_PAGES, HEADS, PAGE_SIZE)
     return (
         torch.zeros(*rows, packed_bytes(DIM, bits), dtype=torch.uint8),
-        torch.zeros(*rows, 2, dtype=torch.float16),
-        torch.zeros(NUM_PAGES, HEADS, page_summary.VECTORS, DIM, dtype=torch.bfloat16),
+        torch.zeros(*rows, 1 if rotated else 2, dtype=torch.float16),
+        torch.zeros(NUM_PAGES, HEADS, page_summary.VECTORS[kind], DIM, dtype=torch.bfloat16),
     )
 
 
-def record(k, slots, pages, fill, tables, bits: int, backend: str) -> None:
+def record(
+    k, slots, pages, fill, tables, bits: int, backend: str, rotated: bool = False, kind="hybrid"
+) -> None:
     codes, affine, summary = tables
-    key_sketch.write(k, slots, codes, affine, bits=bits, page_size=PAGE_SIZE, backend=backend)
-    page_summary.update(k, pages, fill, summary, page_size=PAGE_SIZE, backend=backend)
+    signs = SIGNS if rotated else None
+    key_sketch.write(
+        k, slots, codes, affine, signs, bits=bits, page_size=PAGE_SIZE, backend=backend
+    )
+    page_summary.update(k, pages, fill, summary, kind=kind, page_size=PAGE_SIZE, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=30, deadline=None)
-@given(steps=STEPS, bits=st.sampled_from(BITS), seed=st.integers(0, 2**31))
-def test_history_does_not_matter(backend: str, steps, bits: int, seed: int) -> None:
+@given(
+    steps=STEPS,
+    bits=st.sampled_from(BITS),
+    rotated=st.booleans(),
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 2**31),
+)
+def test_history_does_not_matter(
+    backend: str, steps, bits: int, rotated: bool, kind: str, seed: int
+) -> None:
     rng = torch.Generator().manual_seed(seed)
     k = torch.full((NUM_PAGES * PAGE_SIZE, HEADS, DIM), float("nan"), dtype=torch.bfloat16)
     fill = [0] * NUM_PAGES
-    tables = empty_tables(bits)
+    tables = empty_tables(bits, rotated, kind)
     for page, tokens, reuse in steps:
         begin = 0 if reuse or fill[page] == PAGE_SIZE else fill[page]
         end = min(PAGE_SIZE, begin + tokens)
@@ -50,13 +69,13 @@ def test_history_does_not_matter(backend: str, steps, bits: int, seed: int) -> N
         k[slots] = torch.randn(len(slots), HEADS, DIM, generator=rng).bfloat16()
         fill[page] = end
         fills = torch.tensor([end], dtype=torch.int32)
-        record(k, slots, torch.tensor([page]), fills, tables, bits, backend)
+        record(k, slots, torch.tensor([page]), fills, tables, bits, backend, rotated, kind)
 
     used = [page for page in range(NUM_PAGES) if fill[page]]
     slots = torch.cat([torch.arange(fill[page]) + page * PAGE_SIZE for page in used])
     fills = torch.tensor([fill[page] for page in used], dtype=torch.int32)
-    fresh = empty_tables(bits)
-    record(k, slots, torch.tensor(used), fills, fresh, bits, backend)
+    fresh = empty_tables(bits, rotated, kind)
+    record(k, slots, torch.tensor(used), fills, fresh, bits, backend, rotated, kind)
     at = (slots // PAGE_SIZE, slice(None), slots % PAGE_SIZE)
     assert torch.equal(tables[0][at], fresh[0][at])
     assert torch.equal(tables[1][at], fresh[1][at])

@@ -53,6 +53,7 @@ def test_document_may_be_a_file(tmp_path) -> None:
         ("stop", "never"),
         ("scorer", "quest"),
         ("sketch_bits", 3),
+        ("budget_pages", 0),
         ("group_pages", 0),
         ("group_pages", 1.5),
         ("recent_pages", 0),
@@ -97,3 +98,25 @@ def test_every_field_has_help_and_a_default_of_its_kind() -> None:
     for field in fields():
         assert field.help and DEFAULTS[field.name] == field.default
         assert isinstance(field.default, field.kind)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_scorer_that_was_not_chosen_is_the_policys(policy: str) -> None:
+    default = (*POLICIES[policy].scorers, "sketch")[0]
+    assert PSAConfig(policy=policy).scorer == default
+    assert (
+        PSAConfig.from_sources({"policy": policy, "scorer": "auto"}, environ={}).as_dict()["scorer"]
+        == default
+    )
+
+
+def test_a_chosen_scorer_is_kept_or_refused() -> None:
+    assert PSAConfig(policy="topk", scorer="hybrid").scorer == "hybrid"
+    with pytest.raises(ConfigError, match=r"^scorer='hybrid': .*set scorer to exact, or leave"):
+        PSAConfig(policy="oracle_marginal", scorer="hybrid")
+
+
+def test_a_budget_below_what_is_always_read_is_refused_where_it_counts() -> None:
+    assert PSAConfig(budget_pages=2, sink_pages=4).budget_pages == 2
+    with pytest.raises(ConfigError, match=r"^budget_pages=2: .* 4 \+ 2 pages; set .* to 6"):
+        PSAConfig(policy="window", budget_pages=2, sink_pages=4)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from sgl_psa.config import PSAConfig
-from sgl_psa.policies import POLICIES
 from sgl_psa.scorers import SCORERS
 from sgl_psa.stop import STOP_RULES
 from test.method.cache import PAGE, decode, dense, make_cache, make_wrapper
@@ -22,7 +21,7 @@ def queries(rows: int, seed: int = 7, kv_heads: int = KV_HEADS) -> torch.Tensor:
     return torch.randn(rows, kv_heads * GROUP, DIM, generator=rng)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["psa", "dense"])
 @pytest.mark.parametrize("stop", STOP_RULES)
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_asking_for_everything_is_dense(backend, policy, stop, scorer) -> None:
@@ -64,8 +63,12 @@ def planted(seed: int, length: int, hot_pages: list[int]):
     return cache, q
 
 
+#: A mean dilutes one key among sixteen: these scorers do not see a spike.
+BLIND_TO_SPIKES = {"mean", "gaussian"}
+
+
 @pytest.mark.parametrize("stop", STOP_RULES)
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", sorted(SCORERS.keys() - BLIND_TO_SPIKES))
 def test_few_hot_pages_are_found_among_many(backend, stop, scorer) -> None:
     config = dataclasses.replace(SMALL, stop=stop, scorer=scorer, coverage=0.95, delta=0.05)
     cache, q = planted(3, 128 * PAGE, [17, 61, 90])

@@ -8,6 +8,7 @@ from sglang_psa import compat, pool_hooks
 from sglang_psa.allocator import CpuPagedAllocator
 
 from sgl_psa.config import PSAConfig
+from sgl_psa.scorers import SCORERS
 from test.plugin.engine_parts import DIM, KV_HEADS, LAYERS, PAGE, make_layer, make_pool
 
 
@@ -93,7 +94,7 @@ def test_size_includes_the_summaries(pool):
     assert k_bytes - v_bytes == pool.scorer.size_bytes() > 0
 
 
-@pytest.mark.parametrize("scorer", ["sketch", "hybrid"])
+@pytest.mark.parametrize("scorer", SCORERS)
 def test_memory_budget_charges_what_the_pool_allocates(scorer, monkeypatch):
     config = PSAConfig(backend="reference", scorer=scorer)
     pool = make_pool(config)

@@ -10,6 +10,7 @@ from sglang_psa import state
 from sglang_psa.server_args import PSAServerArgs, StartUpError, psa_config
 
 from sgl_psa.config import PSAConfig, fields
+from sgl_psa.policies import POLICIES
 
 MODEL = str(resources.files("sgl_psa") / "assets" / "recall")
 BASE = ["--model-path", MODEL]
@@ -62,11 +63,27 @@ def test_every_field_has_a_flag_that_reaches_the_config():
         "correction_std": 2.0,
         "conservative": True,
         "audit_rate": 0.5,
+        "budget_pages": 40,
         "backend": "reference",
+        "candidate_pages": 9,
+        "candidate_margin": 4.5,
     }
     assert set(values) == {f.name for f in fields()}
     flags = [x for k, v in values.items() for x in (f"--psa-{k.replace('_', '-')}", str(v))]
     assert psa_config(parse(*PSA, *flags)) == PSAConfig(**values)
+
+
+def test_a_policy_brings_its_scorer_into_the_arguments():
+    assert parse(*PSA).psa_scorer == "sketch"
+    assert parse(*PSA, "--psa-policy", "topk").psa_scorer == POLICIES["topk"].scorers[0]
+    assert parse(*PSA, "--psa-policy", "topk", "--psa-scorer", "hybrid").psa_scorer == "hybrid"
+
+
+def test_what_does_not_go_with_the_policy_is_refused():
+    with pytest.raises(StartUpError, match="scorer='sketch': policy oracle_top_p runs with exact"):
+        parse(*PSA, "--psa-policy", "oracle_top_p", "--psa-scorer", "sketch")
+    with pytest.raises(StartUpError, match=r"budget_pages=1: .*set budget_pages to 3 or more"):
+        parse(*PSA, "--psa-policy", "swa", "--psa-budget-pages", "1")
 
 
 def test_boolean_flag_may_stand_alone():

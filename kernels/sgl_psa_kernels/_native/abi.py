@@ -15,6 +15,7 @@ BAD_FILL = 6
 BAD_DTYPE = 7
 BAD_THRESHOLD = 8
 NO_MEMORY = 9
+BAD_KIND = 10
 
 Fields = list[tuple[str, type]]
 
@@ -52,8 +53,8 @@ class SketchScoreArgs(ctypes.Structure):
 
     _fields_ = [
         ("rows", Rows),
-        *_fields(c_int32, "bits reserved"),
-        *_fields(c_void_p, "codes affine watermark active log_mass"),
+        *_fields(c_int32, "bits affine_width"),
+        *_fields(c_void_p, "codes affine watermark active candidates log_mass"),
     ]
 
 
@@ -62,6 +63,7 @@ class SummaryScoreArgs(ctypes.Structure):
 
     _fields_ = [
         ("rows", Rows),
+        *_fields(c_int32, "kind reserved"),
         *_fields(c_void_p, "summary watermark active log_mass"),
     ]
 
@@ -72,7 +74,7 @@ class SketchWriteArgs(ctypes.Structure):
     _fields_ = [
         *_fields(c_int32, "num_kv_heads head_dim page_size dtype bits num_threads"),
         *_fields(c_int64, "count num_slots error_index k_token_stride k_head_stride"),
-        *_fields(c_void_p, "k slots codes affine"),
+        *_fields(c_void_p, "k slots codes affine signs"),
     ]
 
 
@@ -81,6 +83,7 @@ class SummaryUpdateArgs(ctypes.Structure):
 
     _fields_ = [
         *_fields(c_int32, "num_kv_heads head_dim page_size dtype num_pages num_threads"),
+        *_fields(c_int32, "kind reserved"),
         *_fields(c_int64, "count error_index k_token_stride k_head_stride"),
         *_fields(c_void_p, "k pages fill summary"),
     ]

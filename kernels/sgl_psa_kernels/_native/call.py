@@ -88,5 +88,6 @@ def call(op: str, function: str, args: ctypes.Structure) -> None:
         abi.BAD_SLOT: f"slots[{index}] lies outside of the pool",
         abi.BAD_FILL: f"fill[{index}] must be 1..page_size",
         abi.BAD_THRESHOLD: f"threshold[{index}] is not a number",
+        abi.BAD_KIND: "unknown kind of page summary",
     }
     require(False, f"{op}: {messages.get(status, f'native status {status}')}")

@@ -5,6 +5,10 @@ pair per key. A page's estimated log mass is the log-sum-exp of its sketched log
 ranks pages almost like the keys themselves at 3-12 % of the bytes of the KV cache. The affine
 low-bit form is KIVI's per-token asymmetric quantisation; the 1-bit form keeps mean and mean
 absolute deviation.
+
+The rotated form codes ``rotate(k) ~ scale * (code - (2^bits - 1) / 2)`` instead: one number a key
+besides the codes, and no error along the key itself (RaBitQ, arXiv 2405.12497). It is scored with a
+rotated query.
 """
 
 import torch
@@ -13,6 +17,7 @@ from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
 from sgl_psa_kernels.key_sketch import cpu, reference, torch_batched
 from sgl_psa_kernels.key_sketch.packing import BITS, packed_bytes
+from sgl_psa_kernels.key_sketch.rotation import rotation_matrix, rotation_signs
 
 _WRITE = {"reference": reference.write, "torch": reference.write, "cpu": cpu.write}
 _SCORE = {"reference": reference.score, "torch": torch_batched.score, "cpu": cpu.score}
@@ -23,6 +28,7 @@ def write(
     slots: torch.Tensor,
     codes: torch.Tensor,
     affine: torch.Tensor,
+    signs: torch.Tensor | None = None,
     *,
     bits: int,
     page_size: int,
@@ -38,7 +44,9 @@ def write(
         slots: int64 [N], slot numbers within the pool.
         codes: uint8 [num_pages, Hkv, page_size, D * bits // 8], written; planar packing: byte j
             holds elements j, j + W, j + 2W, ... (W = its last dimension), lowest bits first.
-        affine: float16 [num_pages, Hkv, page_size, 2] (scale, zero), written.
+        affine: float16 [num_pages, Hkv, page_size, 2] (scale, zero), written; with ``signs``
+            [num_pages, Hkv, page_size, 1] (scale).
+        signs: float32 [D], from :func:`rotation_signs`, for rotated sketches.
         bits: 1, 2 or 4 per key element.
         page_size: tokens per page.
         backend: "reference", "torch" (any device) or "cpu" (C++).
@@ -50,13 +58,15 @@ def write(
     op = "key_sketch.write"
     implementation = choose(backend, _WRITE, op)
     checks.check_cache(op, "k_cache", k_cache, page_size)
-    _check_sketch(op, codes, affine, bits, page_size, k_cache.shape[2])
+    _check_sketch(op, codes, affine, bits, page_size, k_cache.shape[2], 2 if signs is None else 1)
+    if signs is not None:
+        checks.check_tensor(op, "signs", signs, torch.float32, (k_cache.shape[2],))
     checks.check_tensor(op, "slots", slots, torch.int64, (None,))
     checks.require(
         codes.shape[1] == k_cache.shape[1] and codes.shape[0] * page_size == k_cache.shape[0],
         f"{op}: codes {list(codes.shape)} do not match k_cache {list(k_cache.shape)}",
     )
-    implementation(k_cache, slots, codes, affine, bits=bits, page_size=page_size)
+    implementation(k_cache, slots, codes, affine, signs, bits=bits, page_size=page_size)
 
 
 def score(
@@ -67,6 +77,7 @@ def score(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     active: torch.Tensor,
+    candidates: torch.Tensor | None = None,
     *,
     bits: int,
     page_size: int,
@@ -79,13 +90,15 @@ def score(
     i < seq_len, with k~ the sketched key.
 
     Args:
-        q: [B, Hq, D] bf16 | fp16 | fp32; query head h uses KV head h // (Hq // Hkv).
+        q: [B, Hq, D] bf16 | fp16 | fp32; query head h uses KV head h // (Hq // Hkv). For rotated
+            sketches ``q.float() @ rotation_matrix(D)``.
         codes, affine: as written by :func:`write`.
         watermark: int32 [num_pages], tokens of each page that have a sketch.
         page_table: int32 [B, max_pages], physical page of each logical page; entries behind the
             last page of a row are not read.
         seq_lens: int32 [B]; 0 = padding row.
         active: uint8 [B]; rows with 0 are skipped, their result is unspecified.
+        candidates: uint8 [B, Hkv, max_pages]; sketches of pages with 0 are not read.
         bits: 1, 2 or 4 per key element.
         page_size: tokens per page.
         sm_scale: softmax scale, usually D ** -0.5.
@@ -95,7 +108,8 @@ def score(
 
     Returns:
         float32 [B, Hq, max_pages]; +inf where the watermark is below the page's tokens or the
-        estimate is not a number: such a page must be attended. Columns behind a row's last page
+        estimate is not a number: such a page must be attended. -inf where ``candidates`` is 0 and
+        the watermark is not below the page's tokens. Columns behind a row's last page
         are unspecified.
 
     Raises:
@@ -104,11 +118,14 @@ def score(
     """
     op = "key_sketch.score"
     implementation = choose(backend, _SCORE, op)
-    _check_sketch(op, codes, affine, bits, page_size, q.shape[-1])
+    _check_sketch(op, codes, affine, bits, page_size, q.shape[-1], affine.shape[-1])
     checks.check_queries(op, q, codes.shape[1], codes.shape[3] * 8 // bits)
     checks.check_rows(op, page_table, seq_lens, q.shape[0])
     checks.check_tensor(op, "watermark", watermark, torch.int32, (codes.shape[0],))
     checks.check_tensor(op, "active", active, torch.uint8, (q.shape[0],))
+    if candidates is not None:
+        shape = (q.shape[0], codes.shape[1], page_table.shape[1])
+        checks.check_tensor(op, "candidates", candidates, torch.uint8, shape)
     return implementation(
         q,
         codes,
@@ -117,6 +134,7 @@ def score(
         page_table,
         seq_lens,
         active,
+        candidates,
         bits=bits,
         page_size=page_size,
         sm_scale=sm_scale,
@@ -124,14 +142,23 @@ def score(
 
 
 def _check_sketch(
-    op: str, codes: torch.Tensor, affine: torch.Tensor, bits: int, page_size: int, head_dim: int
+    op: str,
+    codes: torch.Tensor,
+    affine: torch.Tensor,
+    bits: int,
+    page_size: int,
+    head_dim: int,
+    affine_width: int,
 ) -> None:
     checks.require(bits in BITS, f"{op}: bits must be one of {BITS}, got {bits}")
     checks.check_page_size(op, page_size)
     width = packed_bytes(head_dim, bits)
     checks.check_tensor(op, "codes", codes, torch.uint8, (None, None, page_size, width))
     pages, heads = codes.shape[:2]
-    checks.check_tensor(op, "affine", affine, torch.float16, (pages, heads, page_size, 2))
+    checks.check_tensor(
+        op, "affine", affine, torch.float16, (pages, heads, page_size, affine_width)
+    )
+    checks.require(affine_width in (1, 2), f"{op}: affine holds 2 numbers a key (rotated: 1)")
 
 
-__all__ = ["BITS", "packed_bytes", "score", "write"]
+__all__ = ["BITS", "packed_bytes", "rotation_matrix", "rotation_signs", "score", "write"]

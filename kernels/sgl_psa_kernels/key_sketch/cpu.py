@@ -11,13 +11,14 @@ def write(
     slots: torch.Tensor,
     codes: torch.Tensor,
     affine: torch.Tensor,
+    signs: torch.Tensor | None,
     *,
     bits: int,
     page_size: int,
 ) -> None:
     """See :func:`sgl_psa_kernels.key_sketch.write`."""
     op = "key_sketch.write"
-    require_cpu(op, k_cache, slots, codes, affine)
+    require_cpu(op, k_cache, slots, codes, affine, signs)
     args = abi.SketchWriteArgs(
         num_kv_heads=k_cache.shape[1],
         head_dim=k_cache.shape[2],
@@ -33,6 +34,7 @@ def write(
         slots=slots.data_ptr(),
         codes=codes.data_ptr(),
         affine=affine.data_ptr(),
+        signs=None if signs is None else signs.data_ptr(),
     )
     call(op, "psa_sketch_write", args)
 
@@ -45,6 +47,7 @@ def score(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     active: torch.Tensor,
+    candidates: torch.Tensor | None,
     *,
     bits: int,
     page_size: int,
@@ -52,7 +55,7 @@ def score(
 ) -> torch.Tensor:
     """See :func:`sgl_psa_kernels.key_sketch.score`."""
     op = "key_sketch.score"
-    require_cpu(op, q, codes, affine, watermark, page_table, seq_lens, active)
+    require_cpu(op, q, codes, affine, watermark, page_table, seq_lens, active, candidates)
     log_mass = torch.empty(q.shape[0], q.shape[1], page_table.shape[1], dtype=torch.float32)
     args = abi.SketchScoreArgs(
         rows=rows(
@@ -66,10 +69,12 @@ def score(
             sm_scale=sm_scale,
         ),
         bits=bits,
+        affine_width=affine.shape[3],
         codes=codes.data_ptr(),
         affine=affine.data_ptr(),
         watermark=watermark.data_ptr(),
         active=active.data_ptr(),
+        candidates=None if candidates is None else candidates.data_ptr(),
         log_mass=log_mass.data_ptr(),
     )
     call(op, "psa_sketch_score", args)

@@ -3,6 +3,7 @@
 import torch
 
 from sgl_psa_kernels import checks
+from sgl_psa_kernels.key_sketch.codes import affine_codes, rotated_codes
 from sgl_psa_kernels.key_sketch.packing import pack, unpack
 
 
@@ -11,6 +12,7 @@ def write(
     slots: torch.Tensor,
     codes: torch.Tensor,
     affine: torch.Tensor,
+    signs: torch.Tensor | None,
     *,
     bits: int,
     page_size: int,
@@ -23,34 +25,20 @@ def write(
         low >= 0 and high < k_cache.shape[0],
         f"key_sketch.write: slots {low}..{high} outside of the pool of {k_cache.shape[0]} slots",
     )
-    new_codes, new_affine = sketch(k_cache[slots], bits)
+    keys = k_cache[slots]
+    coded = affine_codes(keys, bits) if signs is None else rotated_codes(keys, bits, signs)
     pages = slots // page_size
     offsets = slots % page_size
-    codes[pages, :, offsets] = pack(new_codes, bits)
-    affine[pages, :, offsets] = new_affine
+    codes[pages, :, offsets] = pack(coded[0], bits)
+    affine[pages, :, offsets] = coded[1]
 
 
-def sketch(keys: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 [..., D] and affine float16 [..., 2] (scale, zero) of keys [..., D]."""
-    x = keys.float()
-    if bits == 1:
-        mean = x.mean(-1)
-        deviation = (x - mean.unsqueeze(-1)).abs().mean(-1)
-        zero, scale = mean - deviation, 2 * deviation
-    else:
-        zero = x.amin(-1)
-        scale = (x.amax(-1) - zero) / (2**bits - 1)
-    affine = torch.stack([scale, zero], dim=-1).half()
-    # Codes belong to the affine that is stored, not to the one before rounding.
-    scale = affine[..., 0].float().unsqueeze(-1)
-    zero = affine[..., 1].float().unsqueeze(-1)
-    if bits == 1:
-        codes = x > zero + 0.5 * scale
-    else:
-        # Round to the nearest code, ties to even; a scale of 0 means that all elements are equal.
-        position = torch.where(scale > 0, (x - zero) / scale, torch.zeros_like(x))
-        codes = position.nan_to_num(0.0).clamp(0, 2**bits - 1).round()
-    return codes.to(torch.uint8), affine
+def scale_and_zero(affine: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, zero) [...] of affine [..., 2], or of the scales [..., 1] of rotated sketches."""
+    if affine.shape[-1] == 1:
+        scale = affine[..., 0]
+        return scale, scale * (-(2**bits - 1) / 2)
+    return affine[..., 0], affine[..., 1]
 
 
 def score(
@@ -61,6 +49,7 @@ def score(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     active: torch.Tensor,
+    candidates: torch.Tensor | None,
     *,
     bits: int,
     page_size: int,
@@ -79,15 +68,19 @@ def score(
         if n == 0:
             continue
         pages = page_table[b, :n].long()
-        scale, zero = affine[pages].to(work).unbind(-1)
+        scale, zero = scale_and_zero(affine[pages].to(work), bits)
         keys = zero.unsqueeze(-1) + scale.unsqueeze(-1) * unpack(codes[pages], bits).to(work)
         heads = q[b].to(work).unflatten(0, (num_kv_heads, -1))
         # [Hkv, G, n, P]
         logits = sm_scale * torch.einsum("hgd,nhpd->hgnp", heads, keys)
         position = torch.arange(n * page_size).view(n, page_size)
         logits = logits.masked_fill(position >= seq_len, float("-inf"))
-        estimate = torch.logsumexp(logits, dim=-1).flatten(0, 1)
+        estimate = torch.logsumexp(logits, dim=-1)
+        estimate = estimate.masked_fill(~(estimate < float("inf")), float("inf"))
+        if candidates is not None:
+            skipped = candidates[b, :, None, :n] == 0
+            estimate = estimate.masked_fill(skipped, float("-inf"))
         tokens = (seq_len - page_size * torch.arange(n)).clamp(max=page_size)
-        invalid = (watermark[pages] < tokens) | ~(estimate < float("inf"))
-        log_mass[b, :, :n] = estimate.masked_fill(invalid, float("inf"))
+        stale = watermark[pages] < tokens
+        log_mass[b, :, :n] = estimate.flatten(0, 1).masked_fill(stale, float("inf"))
     return log_mass

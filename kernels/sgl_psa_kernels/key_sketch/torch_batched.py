@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sgl_psa_kernels.key_sketch.packing import unpack
+from sgl_psa_kernels.key_sketch.reference import scale_and_zero
 
 #: Pages unpacked at once; bounds the memory of the unpacked keys.
 CHUNK = 128
@@ -18,6 +19,7 @@ def score(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     active: torch.Tensor,
+    candidates: torch.Tensor | None,
     *,
     bits: int,
     page_size: int,
@@ -32,7 +34,7 @@ def score(
     for start in range(0, page_table.shape[1], CHUNK):
         pages = table[:, start : start + CHUNK]
         used = tokens[:, start : start + CHUNK]
-        scale, zero = affine[pages].float().unbind(-1)  # [B, K, Hkv, P]
+        scale, zero = scale_and_zero(affine[pages].float(), bits)  # [B, K, Hkv, P]
         dots = torch.einsum("bhgd,bkhpd->bhgkp", x, unpack(codes[pages], bits).float())
         shift = x.sum(-1)[..., None, None] * zero.movedim(1, 2)[:, :, None]
         logits = dots * scale.movedim(1, 2)[:, :, None] + shift
@@ -40,5 +42,9 @@ def score(
         logits = logits.masked_fill(~live[:, None, None], float("-inf"))
         estimate = torch.logsumexp(logits, -1)
         stale = (watermark[pages] < used)[:, None, None]
-        parts.append(estimate.masked_fill(stale | ~(estimate < float("inf")), float("inf")))
+        estimate = estimate.masked_fill(~(estimate < float("inf")), float("inf"))
+        if candidates is not None:
+            skipped = candidates[:, :, None, start : start + CHUNK] == 0
+            estimate = estimate.masked_fill(skipped, float("-inf"))
+        parts.append(estimate.masked_fill(stale, float("inf")))
     return torch.cat(parts, -1).flatten(1, 2)

@@ -1,8 +1,8 @@
-"""Page summaries: four vectors per (page, KV head), and page masses estimated from them.
+"""Page summaries: a few vectors per (page, KV head), and page masses estimated from them.
 
-The estimate ("hybrid") is logaddexp of two: a Gaussian model of the page's keys (mean and
-per-dimension variance: the log-normal mean of exp(x . k)), calibrated for ordinary pages, and the
-cuboid mean of PSA (box centre plus mean absolute deviation), which finds spikes.
+Five kinds share the operator: mean, gaussian (mean and variance), cuboid_mean (box centre and mean
+distance from it), box (an upper bound) and hybrid (gaussian for ordinary pages, cuboid mean for
+pages with a spike). Each stores only what it needs; see :mod:`~sgl_psa_kernels.page_summary.kinds`.
 """
 
 import torch
@@ -10,9 +10,7 @@ import torch
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
 from sgl_psa_kernels.page_summary import cpu, reference, torch_batched
-
-VECTORS = 4
-"""Vectors of a summary: mean, variance (population), box centre, radius (mean |k - centre|)."""
+from sgl_psa_kernels.page_summary.kinds import VECTORS
 
 _UPDATE = {"reference": reference.update, "torch": torch_batched.update, "cpu": cpu.update}
 _SCORE = {"reference": reference.score, "torch": torch_batched.score, "cpu": cpu.score}
@@ -24,6 +22,7 @@ def update(
     fill: torch.Tensor,
     summary: torch.Tensor,
     *,
+    kind: str,
     page_size: int,
     backend: str,
 ) -> None:
@@ -35,24 +34,25 @@ def update(
         k_cache: [slots, Hkv, D] bf16 | fp16 | fp32. Slots of a page behind its fill are not read.
         pages: int64 [M], physical pages.
         fill: int32 [M], 1 .. page_size tokens.
-        summary: bfloat16 [num_pages, Hkv, 4, D], written: mean, variance, centre, radius.
+        summary: bfloat16 [num_pages, Hkv, VECTORS[kind], D], written. A box is rounded outward.
+        kind: a key of ``VECTORS``.
         page_size: tokens per page.
         backend: "reference", "torch" (any device) or "cpu" (C++).
 
     Raises:
-        ValueError: unknown backend, bad shapes or dtypes, pages outside of the pool, fill not in
-            1 .. page_size.
+        ValueError: unknown backend or kind, bad shapes or dtypes, pages outside of the pool, fill
+            not in 1 .. page_size.
         RuntimeError: backend "cpu" without a usable native library.
     """
     op = "page_summary.update"
     implementation = choose(backend, _UPDATE, op)
     checks.check_cache(op, "k_cache", k_cache, page_size)
     slots, heads, dim = k_cache.shape
-    shape = (slots // page_size, heads, VECTORS, dim)
+    shape = (slots // page_size, heads, _vectors(op, kind), dim)
     checks.check_tensor(op, "summary", summary, torch.bfloat16, shape)
     checks.check_tensor(op, "pages", pages, torch.int64, (None,))
     checks.check_tensor(op, "fill", fill, torch.int32, (pages.shape[0],))
-    implementation(k_cache, pages, fill, summary, page_size=page_size)
+    implementation(k_cache, pages, fill, summary, kind=kind, page_size=page_size)
 
 
 def score(
@@ -63,23 +63,25 @@ def score(
     seq_lens: torch.Tensor,
     active: torch.Tensor,
     *,
+    kind: str,
     page_size: int,
     sm_scale: float,
     backend: str,
 ) -> torch.Tensor:
     """Estimate the log mass of every page for every query head from the summaries.
 
-    With x = sm_scale * q[b, h] and n tokens in the page:
-    ``logaddexp(log n + x . mean + 0.5 sum x^2 variance, x . centre + sum |x| radius)``.
+    The estimate of each kind, for x = sm_scale * q[b, h], is in
+    :mod:`~sgl_psa_kernels.page_summary.kinds`.
 
     Args:
         q: [B, Hq, D] bf16 | fp16 | fp32; query head h uses KV head h // (Hq // Hkv).
-        summary: as written by :func:`update`.
+        summary: as written by :func:`update` for this ``kind``.
         watermark: int32 [num_pages], tokens of each page that its summary describes.
         page_table: int32 [B, max_pages], physical page of each logical page; entries behind the
             last page of a row are not read.
         seq_lens: int32 [B]; 0 = padding row.
         active: uint8 [B]; rows with 0 are skipped, their result is unspecified.
+        kind: a key of ``VECTORS``.
         page_size: tokens per page.
         sm_scale: softmax scale, usually D ** -0.5.
         backend: "reference", "torch" (any device) or "cpu" (C++).
@@ -90,13 +92,16 @@ def score(
         are unspecified.
 
     Raises:
-        ValueError: unknown backend, bad shapes or dtypes, sequences longer than the page table.
+        ValueError: unknown backend or kind, bad shapes or dtypes, sequences longer than the page
+            table.
         RuntimeError: backend "cpu" without a usable native library.
     """
     op = "page_summary.score"
     implementation = choose(backend, _SCORE, op)
     checks.check_page_size(op, page_size)
-    checks.check_tensor(op, "summary", summary, torch.bfloat16, (None, None, VECTORS, None))
+    checks.check_tensor(
+        op, "summary", summary, torch.bfloat16, (None, None, _vectors(op, kind), None)
+    )
     checks.check_queries(op, q, summary.shape[1], summary.shape[3])
     checks.check_rows(op, page_table, seq_lens, q.shape[0])
     checks.check_tensor(op, "watermark", watermark, torch.int32, (summary.shape[0],))
@@ -108,9 +113,16 @@ def score(
         page_table,
         seq_lens,
         active,
+        kind=kind,
         page_size=page_size,
         sm_scale=sm_scale,
     )
+
+
+def _vectors(op: str, kind: str) -> int:
+    choices = ", ".join(VECTORS)
+    checks.require(kind in VECTORS, f"{op}: unknown kind {kind!r}; choose one of {choices}")
+    return VECTORS[kind]
 
 
 __all__ = ["VECTORS", "score", "update"]

@@ -4,6 +4,9 @@ import torch
 
 from sgl_psa_kernels._native import abi
 from sgl_psa_kernels._native.call import call, dtype_code, require_cpu, rows
+from sgl_psa_kernels.page_summary.kinds import VECTORS
+
+_KINDS = {kind: code for code, kind in enumerate(VECTORS)}  # PsaSummaryKind
 
 
 def update(
@@ -12,6 +15,7 @@ def update(
     fill: torch.Tensor,
     summary: torch.Tensor,
     *,
+    kind: str,
     page_size: int,
 ) -> None:
     """See :func:`sgl_psa_kernels.page_summary.update`."""
@@ -24,6 +28,7 @@ def update(
         dtype=dtype_code(op, k_cache),
         num_pages=summary.shape[0],
         num_threads=torch.get_num_threads(),
+        kind=_KINDS[kind],
         count=pages.shape[0],
         k_token_stride=k_cache.stride(0),
         k_head_stride=k_cache.stride(1),
@@ -43,6 +48,7 @@ def score(
     seq_lens: torch.Tensor,
     active: torch.Tensor,
     *,
+    kind: str,
     page_size: int,
     sm_scale: float,
 ) -> torch.Tensor:
@@ -61,6 +67,7 @@ def score(
             page_size=page_size,
             sm_scale=sm_scale,
         ),
+        kind=_KINDS[kind],
         summary=summary.data_ptr(),
         watermark=watermark.data_ptr(),
         active=active.data_ptr(),

@@ -3,6 +3,7 @@
 import torch
 
 from sgl_psa_kernels import checks
+from sgl_psa_kernels.page_summary.kinds import outward
 
 
 def update(
@@ -11,6 +12,7 @@ def update(
     fill: torch.Tensor,
     summary: torch.Tensor,
     *,
+    kind: str,
     page_size: int,
 ) -> None:
     """See :func:`sgl_psa_kernels.page_summary.update`."""
@@ -24,17 +26,24 @@ def update(
             f"page_summary.update: fill of page {page} must be 1..{page_size}, got {tokens}",
         )
         first = page * page_size
-        summary[page] = summarise(k_cache[first : first + tokens]).to(summary.dtype)
+        summary[page] = summarise(k_cache[first : first + tokens], kind)
 
 
-def summarise(keys: torch.Tensor) -> torch.Tensor:
-    """Summary float32 [Hkv, 4, D] of the keys [tokens, Hkv, D] of a page."""
+def summarise(keys: torch.Tensor, kind: str) -> torch.Tensor:
+    """Summary bfloat16 [Hkv, vectors, D] of the keys [tokens, Hkv, D] of a page."""
     x = keys.float()
-    mean = x.mean(0)
-    variance = (x - mean).square().mean(0)
-    centre = (x.amin(0) + x.amax(0)) / 2
-    radius = (x - centre).abs().mean(0)
-    return torch.stack([mean, variance, centre, radius], dim=1)
+    parts = []
+    if kind in ("hybrid", "mean", "gaussian"):
+        mean = x.mean(0)
+        parts.append(mean)
+        if kind != "mean":
+            parts.append((x - mean).square().mean(0))
+    if kind in ("hybrid", "cuboid_mean"):
+        centre = (x.amin(0) + x.amax(0)) / 2
+        parts += [centre, (x - centre).abs().mean(0)]
+    if kind == "box":
+        parts += outward(x.amin(0), x.amax(0))
+    return torch.stack([part.bfloat16() for part in parts], dim=1)
 
 
 def score(
@@ -45,6 +54,7 @@ def score(
     seq_lens: torch.Tensor,
     active: torch.Tensor,
     *,
+    kind: str,
     page_size: int,
     sm_scale: float,
 ) -> torch.Tensor:
@@ -63,14 +73,25 @@ def score(
         if n == 0:
             continue
         pages = page_table[b, :n].long()
-        # each [n, Hkv, 1, D]
-        mean, variance, centre, radius = summary[pages].to(work).unsqueeze(2).unbind(3)
         x = sm_scale * q[b].to(work).unflatten(0, (num_kv_heads, -1))
         tokens = (seq_len - page_size * torch.arange(n)).clamp(max=page_size)
-        log_tokens = tokens.to(work).log().view(n, 1, 1)
-        gaussian = log_tokens + (x * mean + 0.5 * x.square() * variance).sum(-1)
-        cuboid = (x * centre + x.abs() * radius).sum(-1)
-        estimate = torch.logaddexp(gaussian, cuboid).flatten(1).T
-        invalid = (watermark[pages] < tokens) | ~(estimate < float("inf"))
-        log_mass[b, :, :n] = estimate.masked_fill(invalid, float("inf"))
+        vectors = summary[pages].to(work).unsqueeze(2).unbind(3)  # each [n, Hkv, 1, D]
+        found = estimate(x, vectors, tokens.to(work).log().view(n, 1, 1), kind).flatten(1).T
+        invalid = (watermark[pages] < tokens) | ~(found < float("inf"))
+        log_mass[b, :, :n] = found.masked_fill(invalid, float("inf"))
     return log_mass
+
+
+def estimate(
+    x: torch.Tensor, vectors: tuple[torch.Tensor, ...], log_tokens: torch.Tensor, kind: str
+) -> torch.Tensor:
+    """The estimate of ``kind``: x [Hkv, G, D], vectors [n, Hkv, 1, D], log_tokens [n, 1, 1]."""
+    if kind == "mean":
+        return log_tokens + (x * vectors[0]).sum(-1)
+    spread = (x * vectors[-2] + x.abs() * vectors[-1]).sum(-1)
+    if kind == "cuboid_mean":
+        return spread
+    if kind == "box":
+        return log_tokens + spread
+    gaussian = log_tokens + (x * vectors[0] + 0.5 * x.square() * vectors[1]).sum(-1)
+    return gaussian if kind == "gaussian" else torch.logaddexp(gaussian, spread)

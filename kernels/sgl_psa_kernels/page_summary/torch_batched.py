@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sgl_psa_kernels.page_summary.kinds import outward
+
 
 def update(
     k_cache: torch.Tensor,
@@ -11,20 +13,30 @@ def update(
     fill: torch.Tensor,
     summary: torch.Tensor,
     *,
+    kind: str,
     page_size: int,
 ) -> None:
     """See :func:`sgl_psa_kernels.page_summary.update`."""
     x = k_cache.unflatten(0, (-1, page_size))[pages].float()  # [M, P, Hkv, D]
     live = (torch.arange(page_size, device=x.device) < fill[:, None])[..., None, None]
     n = fill.float()[:, None, None]
-    clean = x.masked_fill(~live, 0.0)
-    mean = clean.sum(1) / n
-    variance = (x - mean[:, None]).masked_fill(~live, 0.0).square().sum(1) / n
-    low = x.masked_fill(~live, float("inf")).amin(1)
-    high = x.masked_fill(~live, float("-inf")).amax(1)
-    centre = (low + high) / 2
-    radius = (x - centre[:, None]).masked_fill(~live, 0.0).abs().sum(1) / n
-    summary[pages] = torch.stack([mean, variance, centre, radius], 2).to(summary.dtype)
+    parts: list[torch.Tensor] = []
+    if kind in ("hybrid", "mean", "gaussian"):
+        mean = x.masked_fill(~live, 0.0).sum(1) / n
+        parts.append(mean)
+        if kind != "mean":
+            distance = (x - mean[:, None]).masked_fill(~live, 0.0)
+            parts.append(distance.square().sum(1) / n)
+    if kind in ("hybrid", "cuboid_mean", "box"):
+        low = x.masked_fill(~live, float("inf")).amin(1)
+        high = x.masked_fill(~live, float("-inf")).amax(1)
+        if kind == "box":
+            parts += outward(low, high)
+        else:
+            centre = (low + high) / 2
+            distance = (x - centre[:, None]).masked_fill(~live, 0.0)
+            parts += [centre, distance.abs().sum(1) / n]
+    summary[pages] = torch.stack([part.bfloat16() for part in parts], 2)
 
 
 def score(
@@ -35,6 +47,7 @@ def score(
     seq_lens: torch.Tensor,
     active: torch.Tensor,
     *,
+    kind: str,
     page_size: int,
     sm_scale: float,
 ) -> torch.Tensor:
@@ -43,12 +56,23 @@ def score(
     place = torch.arange(page_table.shape[1], device=q.device)
     tokens = (seq_lens.long()[:, None] - place * page_size).clamp(0, page_size)
     pages = torch.where(tokens > 0, page_table.long(), 0)
-    mean, variance, centre, radius = summary[pages].float().unbind(3)  # [B, M, Hkv, D]
-    gaussian = torch.einsum("bhgd,bmhd->bhgm", x, mean)
-    gaussian += 0.5 * torch.einsum("bhgd,bmhd->bhgm", x.square(), variance)
-    gaussian += tokens.clamp(min=1).float().log()[:, None, None]
-    cuboid = torch.einsum("bhgd,bmhd->bhgm", x, centre)
-    cuboid += torch.einsum("bhgd,bmhd->bhgm", x.abs(), radius)
-    estimate = torch.logaddexp(gaussian, cuboid)
+    vectors = summary[pages].float().unbind(3)  # each [B, M, Hkv, D]
+    estimate = _estimate(x, vectors, tokens.clamp(min=1).float().log()[:, None, None], kind)
     stale = (watermark[pages] < tokens)[:, None, None] | ~(estimate < float("inf"))
     return estimate.masked_fill(stale, float("inf")).flatten(1, 2)
+
+
+def _estimate(
+    x: torch.Tensor, vectors: tuple[torch.Tensor, ...], log_tokens: torch.Tensor, kind: str
+) -> torch.Tensor:
+    def dot(query: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bhgd,bmhd->bhgm", query, vector)
+
+    if kind == "mean":
+        return log_tokens + dot(x, vectors[0])
+    if kind in ("cuboid_mean", "box", "hybrid"):
+        spread = dot(x, vectors[-2]) + dot(x.abs(), vectors[-1])
+        if kind != "hybrid":
+            return spread + log_tokens if kind == "box" else spread
+    gaussian = log_tokens + dot(x, vectors[0]) + 0.5 * dot(x.square(), vectors[1])
+    return gaussian if kind == "gaussian" else torch.logaddexp(gaussian, spread)

@@ -55,7 +55,9 @@ class State:
             self._attend(index[:, i : i + CHUNK], wanted[:, i : i + CHUNK])
             for i in range(0, index.shape[1], CHUNK)
         ]
-        self.done.scatter_(1, index, wanted | self.done.gather(1, index))
+        # An unwanted entry may name a page that is wanted elsewhere in the list.
+        hits = torch.zeros_like(self.done, dtype=torch.int32).scatter_add_(1, index, wanted.int())
+        self.done |= hits > 0
         return torch.cat(parts, -1)
 
     def _attend(self, index: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

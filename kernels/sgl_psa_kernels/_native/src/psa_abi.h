@@ -19,6 +19,15 @@ enum PsaDtype { PSA_BF16 = 0, PSA_FP16 = 1, PSA_FP32 = 2 };
 
 enum PsaMode { PSA_DENSE = 0, PSA_MARGINAL = 1, PSA_COVERAGE = 2, PSA_CONSERVATIVE = 3 };
 
+/* Kinds of page summaries: their vectors are listed in page_summary/kinds.py. */
+enum PsaSummaryKind {
+  PSA_HYBRID = 0,
+  PSA_MEAN = 1,
+  PSA_GAUSSIAN = 2,
+  PSA_CUBOID_MEAN = 3,
+  PSA_BOX = 4
+};
+
 enum PsaStatus {
   PSA_OK = 0,
   PSA_BAD_SEQ_LEN = 1,   /* negative, or more pages than the page table has */
@@ -29,7 +38,8 @@ enum PsaStatus {
   PSA_BAD_FILL = 6,
   PSA_BAD_DTYPE = 7,
   PSA_BAD_THRESHOLD = 8, /* NaN */
-  PSA_NO_MEMORY = 9
+  PSA_NO_MEMORY = 9,
+  PSA_BAD_KIND = 10
 };
 
 enum PsaStat {
@@ -70,17 +80,19 @@ typedef struct {
 
 typedef struct {
   PsaRows rows;
-  int32_t bits, reserved;
-  const uint8_t *codes;  /* [num_pages, num_kv_heads, page_size, head_dim * bits / 8] */
-  const uint16_t *affine; /* fp16 [num_pages, num_kv_heads, page_size, 2] */
+  int32_t bits, affine_width; /* 2: (scale, zero); 1: scale of rotated sketches */
+  const uint8_t *codes;       /* [num_pages, num_kv_heads, page_size, head_dim * bits / 8] */
+  const uint16_t *affine;     /* fp16 [num_pages, num_kv_heads, page_size, affine_width] */
   const int32_t *watermark;
   const uint8_t *active;
+  const uint8_t *candidates; /* [batch, num_kv_heads, max_pages] or NULL */
   float *log_mass;
 } PsaSketchScoreArgs;
 
 typedef struct {
   PsaRows rows;
-  const uint16_t *summary; /* bf16 [num_pages, num_kv_heads, 4, head_dim] */
+  int32_t kind, reserved;
+  const uint16_t *summary; /* bf16 [num_pages, num_kv_heads, vectors of the kind, head_dim] */
   const int32_t *watermark;
   const uint8_t *active;
   float *log_mass;
@@ -94,12 +106,14 @@ typedef struct {
   const void *k;
   const int64_t *slots; /* [count] */
   uint8_t *codes;
-  uint16_t *affine;
+  uint16_t *affine;   /* two a key, or one if signs */
+  const float *signs; /* [head_dim] for rotated sketches, or NULL */
 } PsaSketchWriteArgs;
 
 typedef struct {
   int32_t num_kv_heads, head_dim, page_size, dtype;
   int32_t num_pages, num_threads;
+  int32_t kind, reserved;
   int64_t count, error_index;
   int64_t k_token_stride, k_head_stride;
   const void *k;

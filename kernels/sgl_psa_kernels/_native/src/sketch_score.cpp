@@ -1,7 +1,8 @@
 // Log masses of pages from key sketches.
 //
 // s_i = x . (zero_i + scale_i code_i) = zero_i sum(x) + scale_i (x . code_i): one integer dot
-// product per token and head; the codes are unpacked once for all heads of the group.
+// product per token and head; the codes are unpacked once for all heads of the group. Rotated
+// sketches store no zero: it is -(2^bits - 1) / 2 scales.
 #include "score_rows.h"
 #include "sketch_codes.h"
 
@@ -25,7 +26,11 @@ struct Scorer {
     return a.codes + ((int64_t)page * r.num_kv_heads + head) * r.page_size * width;
   }
   const uint16_t* affine(int page, int head) const {
-    return a.affine + ((int64_t)page * r.num_kv_heads + head) * r.page_size * 2;
+    return a.affine + ((int64_t)page * r.num_kv_heads + head) * r.page_size * a.affine_width;
+  }
+  bool wanted(int row, int page, int head) const {
+    return !a.candidates ||
+           a.candidates[((int64_t)row * r.num_kv_heads + head) * r.max_pages + page];
   }
 };
 
@@ -64,12 +69,28 @@ inline void load_affine(const uint16_t* pairs, int count, F& scale, F& zero) {
   zero = half_to_float(__builtin_convertvector(both >> 16, H));
 }
 
+// LANES scales; those behind `count` are not read.
+inline F load_scales(const uint16_t* scales, int count) {
+  H h{};
+  if (count >= LANES)
+    h = loadu<H>(scales);
+  else
+    std::memcpy(&h, scales, count * 2);
+  return half_to_float(h);
+}
+
 // top[g] and sum[g] such that the page's log mass of head g is top + log(sum).
 inline void page_mass(const Scorer& s, const ShortQuery* q, const uint16_t* affine, int tokens,
                       float* dots, float* top, float* sum, int stride) {
+  const float middle = -0.5f * (float)((1 << s.a.bits) - 1);
   for (int t = 0; t < tokens; t += LANES) {
     F scale, zero;
-    load_affine(affine + 2 * t, tokens - t, scale, zero);
+    if (s.a.affine_width == 2) {
+      load_affine(affine + 2 * t, tokens - t, scale, zero);
+    } else {
+      scale = load_scales(affine + t, tokens - t);
+      zero = scale * middle;
+    }
     const I inside = iota() + t < tokens;
     for (int g = 0; g < s.group; g++) {
       float* d = dots + g * s.pitch + t;
@@ -145,13 +166,17 @@ void score_block(const Scorer& s, DotCodes dot, const PageBlock& block, Scratch&
     }
     const int tokens = tokens_in_page(r, block.row, p);
     for (int h = 0; h < heads; h++) {
-      const bool last = h + 1 == heads;
-      if (!last || p + 1 < block.end) {
-        const int next_page = pages[last ? p + 1 : p], next_head = last ? 0 : h + 1;
-        prefetch_range(s.codes(next_page, next_head), (int64_t)r.page_size * s.width);
-        prefetch_range(s.affine(next_page, next_head), (int64_t)r.page_size * 4);
+      const int next = h + 1 == heads ? p + 1 : p, next_head = h + 1 == heads ? 0 : h + 1;
+      if (next < block.end && s.wanted(block.row, next, next_head)) {
+        prefetch_range(s.codes(pages[next], next_head), (int64_t)r.page_size * s.width);
+        prefetch_range(s.affine(pages[next], next_head),
+                       (int64_t)r.page_size * 2 * s.a.affine_width);
       }
       const int first = h * s.group;
+      if (!s.wanted(block.row, p, h)) {
+        for (int g = 0; g < s.group; g++) top[(first + g) * BLOCK_PAGES + column] = -INF;
+        continue;
+      }
       dot(s, q + first, s.codes(pages[p], h), tokens, unpacked, dots);
       page_mass(s, q + first, s.affine(pages[p], h), tokens, dots,
                 top + first * BLOCK_PAGES + column, sum + first * BLOCK_PAGES + column,

@@ -1,4 +1,5 @@
-// Page summaries: mean, variance, box centre and radius per (page, KV head), and their scores.
+// Page summaries per (page, KV head), and their scores. The kinds differ in the vectors they store,
+// in this order: mean, variance, box centre, radius or half width.
 #include "elem.h"
 #include "score_rows.h"
 
@@ -9,8 +10,35 @@ inline void store_bf16(uint16_t* p, F x) {
   for (int i = 0; i < LANES; i++) p[i] = to_bf16(x[i]);
 }
 
+// The smallest bf16 that is no less than x; x is not negative.
+inline uint16_t to_bf16_up(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return x != x ? to_bf16(x) : (u + 0xffff) >> 16;
+}
+
+constexpr bool has_mean(int kind) { return kind != PSA_CUBOID_MEAN && kind != PSA_BOX; }
+constexpr bool has_variance(int kind) { return kind == PSA_HYBRID || kind == PSA_GAUSSIAN; }
+constexpr bool has_box(int kind) { return kind != PSA_MEAN && kind != PSA_GAUSSIAN; }
+constexpr int num_vectors(int kind) {
+  return has_mean(kind) + has_variance(kind) + 2 * has_box(kind);
+}
+
+// Calls f with the kind as a compile-time constant; false for an unknown kind.
+template <class Fn>
+bool with_kind(int kind, Fn f) {
+  switch (kind) {
+    case PSA_HYBRID: f(std::integral_constant<int, PSA_HYBRID>()); return true;
+    case PSA_MEAN: f(std::integral_constant<int, PSA_MEAN>()); return true;
+    case PSA_GAUSSIAN: f(std::integral_constant<int, PSA_GAUSSIAN>()); return true;
+    case PSA_CUBOID_MEAN: f(std::integral_constant<int, PSA_CUBOID_MEAN>()); return true;
+    case PSA_BOX: f(std::integral_constant<int, PSA_BOX>()); return true;
+  }
+  return false;
+}
+
 // Summary of LANES dimensions from d on.
-template <class T>
+template <int KIND, class T>
 void summarise(const T* keys, int64_t stride, int tokens, uint16_t* summary, int dim, int d) {
   F sum{}, low = load(keys + d), high = low;
   for (int t = 0; t < tokens; t++) {
@@ -20,6 +48,21 @@ void summarise(const T* keys, int64_t stride, int tokens, uint16_t* summary, int
     high = max(high, x);
   }
   const float inverse = 1.0f / tokens;
+  uint16_t* out = summary + d;
+  if constexpr (KIND == PSA_BOX) {
+    // Rounded outward: the factor makes up for the rounding of the differences.
+    // sum - sum is 0, or NaN if a key is no number, which comparisons skip.
+    const F middle = (low + high) * 0.5f;
+    for (int i = 0; i < LANES; i++) {
+      out[i] = to_bf16(middle[i]);
+      const uint32_t bits = (uint32_t)out[i] << 16;
+      float centre;
+      std::memcpy(&centre, &bits, 4);
+      const float half = std::max(high[i] - centre, centre - low[i]) * (1 + 0x1p-20f);
+      out[dim + i] = to_bf16_up(half + (sum[i] - sum[i]));
+    }
+    return;
+  }
   const F mean = sum * inverse, centre = (low + high) * 0.5f;
   F square{}, distance{};
   for (int t = 0; t < tokens; t++) {
@@ -27,38 +70,52 @@ void summarise(const T* keys, int64_t stride, int tokens, uint16_t* summary, int
     square += (x - mean) * (x - mean);
     distance += abs(x - centre);
   }
-  store_bf16(summary + d, mean);
-  store_bf16(summary + dim + d, square * inverse);
-  store_bf16(summary + 2 * dim + d, centre);
-  store_bf16(summary + 3 * dim + d, distance * inverse);
+  if constexpr (has_mean(KIND)) store_bf16(out, mean);
+  if constexpr (has_variance(KIND)) store_bf16(out + dim, square * inverse);
+  if constexpr (has_box(KIND)) {
+    uint16_t* box = out + (num_vectors(KIND) - 2) * dim;
+    store_bf16(box, centre);
+    store_bf16(box + dim, distance * inverse);
+  }
 }
 
-// Both estimates of GB heads for one page: x . mean + half . variance and x . centre + |x| . radius,
-// with half = x^2 / 2 stored behind x.
-template <int GB>
-inline void estimates(const bf16* summary, const float* x, int D, float* gaussian, float* cuboid,
+// Estimates of GB heads for one page, with x and x^2 / 2 of each head behind each other. first:
+// x . mean + half . variance, or for kinds without a mean x . centre + |x| . radius; second: the
+// latter, for hybrid.
+template <int KIND, int GB>
+inline void estimates(const bf16* summary, const float* x, int D, float* first, float* second,
                       int stride) {
-  F first[GB] = {}, second[GB] = {};
+  constexpr bool BOTH = KIND == PSA_HYBRID;
+  constexpr int BOX = num_vectors(KIND) - 2;
+  F a[GB] = {}, b[GB] = {};
   for (int d = 0; d < D; d += LANES) {
-    const F mean = load(summary + d), variance = load(summary + D + d);
-    const F centre = load(summary + 2 * D + d), radius = load(summary + 3 * D + d);
+    F mean{}, variance{}, centre{}, radius{};
+    if constexpr (has_mean(KIND)) mean = load(summary + d);
+    if constexpr (has_variance(KIND)) variance = load(summary + D + d);
+    if constexpr (has_box(KIND)) {
+      centre = load(summary + BOX * D + d);
+      radius = load(summary + (BOX + 1) * D + d);
+    }
     for (int g = 0; g < GB; g++) {
-      const F v = loadu<F>(x + 2 * g * D + d), half = loadu<F>(x + (2 * g + 1) * D + d);
-      first[g] += v * mean + half * variance;
-      second[g] += v * centre + abs(v) * radius;
+      const F v = loadu<F>(x + 2 * g * D + d);
+      if constexpr (has_mean(KIND)) a[g] += v * mean;
+      if constexpr (has_variance(KIND)) a[g] += loadu<F>(x + (2 * g + 1) * D + d) * variance;
+      if constexpr (has_box(KIND)) (BOTH ? b : a)[g] += v * centre + abs(v) * radius;
     }
   }
   for (int g = 0; g < GB; g += 2) {
     const int other = g + 1 < GB ? g + 1 : g;
-    const F4 s = hsum4(first[g], second[g], first[other], second[other]);
-    gaussian[g * stride] = s[0];
-    cuboid[g * stride] = s[1];
-    gaussian[other * stride] = s[2];
-    cuboid[other * stride] = s[3];
+    const F4 s = hsum4(a[g], b[g], a[other], b[other]);
+    first[g * stride] = s[0];
+    first[other * stride] = s[2];
+    if constexpr (BOTH) {
+      second[g * stride] = s[1];
+      second[other * stride] = s[3];
+    }
   }
 }
 
-template <class T>
+template <int KIND, class T>
 void score_block(const PsaSummaryScoreArgs& a, const PageBlock& block, Scratch& scratch) {
   const PsaRows& r = a.rows;
   const int heads = r.num_kv_heads, D = r.head_dim, group = r.num_qo_heads / heads;
@@ -66,11 +123,11 @@ void score_block(const PsaSummaryScoreArgs& a, const PageBlock& block, Scratch& 
   scratch.reset(Scratch::need<float>((size_t)2 * r.num_qo_heads * D) +
                 2 * Scratch::need<float>(cells) + Scratch::need<float>(BLOCK_PAGES));
   float* x = scratch.take<float>((size_t)2 * r.num_qo_heads * D);
-  float* gaussian = scratch.take<float>(cells);
-  float* cuboid = scratch.take<float>(cells);
+  float* primary = scratch.take<float>(cells);
+  float* secondary = scratch.take<float>(cells);
   float* log_tokens = scratch.take<float>(BLOCK_PAGES);
-  std::fill(gaussian, gaussian + cells, 0.0f);
-  std::fill(cuboid, cuboid + cells, 0.0f);
+  std::fill(primary, primary + cells, 0.0f);
+  std::fill(secondary, secondary + cells, 0.0f);
   std::fill(log_tokens, log_tokens + BLOCK_PAGES, std::log((float)r.page_size));
 
   const T* queries = static_cast<const T*>(r.q) + block.row * r.q_row_stride;
@@ -82,39 +139,46 @@ void score_block(const PsaSummaryScoreArgs& a, const PageBlock& block, Scratch& 
     }
   const int32_t* pages = pages_of(r, block.row);
   auto record = [&](int page, int head) {
-    return reinterpret_cast<const bf16*>(a.summary) + ((int64_t)page * heads + head) * 4 * D;
+    return reinterpret_cast<const bf16*>(a.summary) + ((int64_t)page * heads + head) * num_vectors(KIND) * D;
   };
   for (int p = block.begin; p < block.end; p++) {
     const int column = p - block.begin;
     if (!covered(r, a.watermark, block.row, p)) {
-      for (int h = 0; h < r.num_qo_heads; h++) gaussian[h * BLOCK_PAGES + column] = INF;
+      for (int h = 0; h < r.num_qo_heads; h++) primary[h * BLOCK_PAGES + column] = INF;
       continue;
     }
     log_tokens[column] = std::log((float)tokens_in_page(r, block.row, p));
     for (int h = 0; h < heads; h++) {
       const bool last = h + 1 == heads;
       if (!last || p + 1 < block.end)
-        prefetch_range(record(pages[last ? p + 1 : p], last ? 0 : h + 1), D * 8);
+        prefetch_range(record(pages[last ? p + 1 : p], last ? 0 : h + 1),
+                       D * 2 * num_vectors(KIND));
       const bf16* summary = record(pages[p], h);
       for (int g = 0; g < group;) {
         const int head = h * group + g;
         const float* query = x + (size_t)2 * head * D;
-        float *e = gaussian + head * BLOCK_PAGES + column, *c = cuboid + head * BLOCK_PAGES + column;
+        float* e = primary + head * BLOCK_PAGES + column;
+        float* c = secondary + head * BLOCK_PAGES + column;
         if (g + HEAD_BLOCK <= group) {
-          estimates<HEAD_BLOCK>(summary, query, D, e, c, BLOCK_PAGES);
+          estimates<KIND, HEAD_BLOCK>(summary, query, D, e, c, BLOCK_PAGES);
           g += HEAD_BLOCK;
         } else {
-          estimates<1>(summary, query, D, e, c, BLOCK_PAGES);
+          estimates<KIND, 1>(summary, query, D, e, c, BLOCK_PAGES);
           g++;
         }
       }
     }
   }
   for (int h = 0; h < r.num_qo_heads; h++) {
-    float* e = gaussian + h * BLOCK_PAGES;
+    float* e = primary + h * BLOCK_PAGES;
     for (int i = 0; i < block.size(); i += LANES) {
-      const F first = loadu<F>(e + i) + loadu<F>(log_tokens + i);
-      const F second = loadu<F>(cuboid + h * BLOCK_PAGES + i);
+      F first = loadu<F>(e + i);
+      if constexpr (KIND != PSA_CUBOID_MEAN) first += loadu<F>(log_tokens + i);
+      if constexpr (KIND != PSA_HYBRID) {
+        storeu(e + i, first);
+        continue;
+      }
+      const F second = loadu<F>(secondary + h * BLOCK_PAGES + i);
       const F high = max(first, second), low = min(first, second);
       const F joint = high + log(1.0f + exp(low - high));
       storeu(e + i, (first == first) & (second == second) ? joint : set1(INF));
@@ -133,16 +197,19 @@ extern "C" int psa_summary_score(PsaSummaryScoreArgs* args) {
   if (const int status = check_rows(r, args->active)) return status;
   const std::vector<PageBlock> blocks = page_blocks(r, args->active);
   const int count = (int)blocks.size();
+  bool known_kind = false;
   const bool known = with_dtype(r.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    known_kind = with_kind(args->kind, [&](auto kind) {
 #pragma omp parallel num_threads(r.num_threads) if (r.num_threads > 1 && count > 1)
     {
       static thread_local Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
-      for (int i = 0; i < count; i++) score_block<T>(*args, blocks[i], scratch);
+      for (int i = 0; i < count; i++) score_block<kind.value, T>(*args, blocks[i], scratch);
     }
+    });
   });
-  return known ? PSA_OK : PSA_BAD_DTYPE;
+  return !known ? PSA_BAD_DTYPE : known_kind ? PSA_OK : PSA_BAD_KIND;
 }
 
 extern "C" int psa_summary_update(PsaSummaryUpdateArgs* args) {
@@ -153,18 +220,22 @@ extern "C" int psa_summary_update(PsaSummaryUpdateArgs* args) {
     if (a.pages[i] < 0 || a.pages[i] >= a.num_pages) return PSA_BAD_PAGE;
     if (a.fill[i] < 1 || a.fill[i] > a.page_size) return PSA_BAD_FILL;
   }
+  bool known_kind = false;
   const bool known = with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    known_kind = with_kind(a.kind, [&](auto kind) {
+      constexpr int VECTORS = num_vectors(kind.value);
 #pragma omp parallel for schedule(static) num_threads(a.num_threads) \
     if (a.num_threads > 1 && a.count >= 4)
     for (int64_t i = 0; i < a.count; i++)
       for (int h = 0; h < a.num_kv_heads; h++) {
         const T* keys = static_cast<const T*>(a.k) +
                         a.pages[i] * a.page_size * a.k_token_stride + h * a.k_head_stride;
-        uint16_t* summary = a.summary + (a.pages[i] * a.num_kv_heads + h) * 4 * a.head_dim;
+        uint16_t* summary = a.summary + (a.pages[i] * a.num_kv_heads + h) * VECTORS * a.head_dim;
         for (int d = 0; d < a.head_dim; d += LANES)
-          summarise(keys, a.k_token_stride, a.fill[i], summary, a.head_dim, d);
+          summarise<kind.value>(keys, a.k_token_stride, a.fill[i], summary, a.head_dim, d);
       }
+    });
   });
-  return known ? PSA_OK : PSA_BAD_DTYPE;
+  return !known ? PSA_BAD_DTYPE : known_kind ? PSA_OK : PSA_BAD_KIND;
 }

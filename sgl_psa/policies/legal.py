@@ -1,0 +1,95 @@
+"""Which policy may run with which settings, for the server and for a single request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sgl_psa.config import AUTO_SCORER, ConfigError
+from sgl_psa.policies.base import KNOBS, Policy
+
+#: Scorer of policies that run with any.
+DEFAULT_SCORER = "sketch"
+
+
+def resolve_scorer(policy: Policy, scorer: str) -> str:
+    """``scorer``, or the policy's default if it is ``auto``.
+
+    Raises:
+        ConfigError: the policy cannot run with it.
+    """
+    if scorer == AUTO_SCORER:
+        return policy.scorers[0] if policy.scorers else DEFAULT_SCORER
+    if policy.scorers and scorer not in policy.scorers:
+        allowed = " or ".join(policy.scorers)
+        raise ConfigError(
+            f"scorer={scorer!r}: policy {policy.name} runs with {allowed}; "
+            f"set scorer to {policy.scorers[0]}, or leave it out"
+        )
+    return scorer
+
+
+def check_request(policy: Policy, scorer: str) -> None:
+    """Refuse a request's policy that the server's scorer does not suit.
+
+    Raises:
+        ConfigError: naming the scorer that it needs.
+    """
+    if policy.scorers and scorer not in policy.scorers:
+        allowed = " or ".join(policy.scorers)
+        raise ConfigError(
+            f"psa_policy={policy.name!r}: needs scorer {allowed}, and this server runs {scorer}; "
+            f"choose another psa_policy, or start the server with --psa-scorer {policy.scorers[0]}"
+        )
+
+
+def check_budget(
+    policy: Policy, budget_pages: int, sink_pages: int, recent_pages: int, prefix: str = ""
+) -> None:
+    """Refuse a budget below the pages that are always attended.
+
+    Args:
+        prefix: of the field's name where it was given, ``psa_`` in a request.
+
+    Raises:
+        ConfigError: naming the smallest budget.
+    """
+    least = sink_pages + recent_pages
+    if policy.limit == "budget" and budget_pages < least:
+        raise ConfigError(
+            f"{prefix}budget_pages={budget_pages}: policy {policy.name} always reads sink_pages + "
+            f"recent_pages = {sink_pages} + {recent_pages} pages; set {prefix}budget_pages to "
+            f"{least} or more"
+        )
+
+
+def check_knobs(
+    policy: Policy, given: Mapping[str, Any], policies: Iterable[Policy], prefix: str
+) -> None:
+    """Refuse a knob, or a stop rule, that the policy does not use.
+
+    Args:
+        given: field name -> value, as asked for.
+        policies: all of them, to name those that use the knob.
+        prefix: of the fields' names where they were given.
+
+    Raises:
+        ConfigError: naming the knob and the policies that have it.
+    """
+    for limit, knob in KNOBS.items():
+        if knob in given and not _goes_by(policy, limit):
+            names = " or ".join(p.name for p in policies if _goes_by(p, limit))
+            raise ConfigError(
+                f"{prefix}{knob}={given[knob]!r}: no effect on policy {policy.name}; drop it, or "
+                f"choose {prefix}policy {names}"
+            )
+    stop = given.get("stop")
+    if stop is not None and policy.limit is not None and stop != policy.limit:
+        raise ConfigError(
+            f"{prefix}stop={stop!r}: no effect on policy {policy.name}; drop it, or choose "
+            f"{prefix}policy psa"
+        )
+
+
+def _goes_by(policy: Policy, limit: str) -> bool:
+    return limit == policy.limit if policy.limit else limit != "budget"
