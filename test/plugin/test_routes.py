@@ -13,12 +13,12 @@ from sgl_psa.stats import NUM_COLUMNS, ByteCost, PSAStats, step_stats
 LAYERS, PAGE = 2, 16
 
 
-def stats_of(pages: list[int], rounds: float = 1.0) -> PSAStats:
+def stats_of(pages: list[int], rounds: float = 1.0, coverage: float = 0.5) -> PSAStats:
     """Decode steps of one row of 10 pages that read so many of them; 2 heads."""
     stats = PSAStats(LAYERS)
     for n in pages:
         columns = torch.zeros(LAYERS, 1, 2, NUM_COLUMNS)
-        columns[:] = torch.tensor([n, n * PAGE, 0, rounds, 0.5, 0])
+        columns[:] = torch.tensor([n, n * PAGE, 0, rounds, coverage, 0])
         lens = torch.tensor([160], dtype=torch.int32)
         stats.add(step_stats(columns, lens, int(n < 10), PAGE, ByteCost(8, 0)))
     return stats
@@ -77,6 +77,14 @@ def test_data_parallel_ranks_are_added_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert merged["layers"][0]["pages_attended"] == 24 * 2
     assert [r["pages_fraction"] for r in merged["ranks"]] == pytest.approx([0.2, 22 / 30])
     assert all("layers" not in r and "config" not in r for r in merged["ranks"])
+
+
+def test_coverage_is_the_mean_of_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = part(monkeypatch, stats_of([2, 2], coverage=float("nan")), 0)
+    assert unknown["mean_coverage"] is None
+    assert routes.merge([unknown])["mean_coverage"] is None
+    known = part(monkeypatch, stats_of([4], coverage=0.75), 1)
+    assert routes.merge([unknown, known])["mean_coverage"] == pytest.approx(0.75)
 
 
 def test_other_backends_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
