@@ -25,7 +25,8 @@ class AuditSample(NamedTuple):
 
     Attributes:
         coverage, claimed, error: float32 [B, Hq]: true coverage, the kernel's estimate of it (the
-            same for the query heads of a KV head: of the worst of them), relative output error.
+            same for the query heads of a KV head: of the worst of them; NaN where the policy reads
+            no scores), relative output error.
         requested: float32 [B], NaN where no coverage was asked for.
         valid: bool [B], rows that decoded sparsely; the others hold no measurement.
     """
