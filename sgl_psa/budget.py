@@ -4,9 +4,9 @@ Per (request, layer, KV head) an online quantile of the page count n* at which t
 
     log n_hat += eta * (1[n* > ceil(n_hat)] - (1 - rho))
 
-In the long run n* exceeds ceil(n_hat), the prediction, in a share 1 - rho of the steps. The state is in log pages, so a
-step changes the prediction by a factor whatever its size. A new request starts from the prior of
-its context length, or from the state of the request whose prefix it shares. Source of the update:
+In the long run n* exceeds ceil(n_hat), the prediction, in a share 1 - rho of the steps. The state
+is in log pages, so a step changes it by a factor whatever its size. A new request starts from the
+prior of its context length, or from the state of the request whose prefix it shares. Source:
 quantile tracking by stochastic approximation (Robbins and Monro 1951), as in adaptive conformal
 prediction (Gibbs and Candes, arXiv 2106.00170).
 """

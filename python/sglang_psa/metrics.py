@@ -28,11 +28,12 @@ COUNTERS = {
     "stale_pages": "Pages read only because their summary was out of date.",
 }
 #: Series of the coverage audit -> what it counts; 0 without ``--psa-audit-rate``.
-#: Divide a sum by ``audit_rows``, violations by ``audit_requested_rows``, for means and rates.
+#: Divide a sum by its rows, violations by ``audit_requested_rows``, for means and rates.
 AUDIT_COUNTERS = {
     "audit_rows": "Audited rows: one a query head, layer, request and step.",
     "audit_coverage_sum": "True attention mass covered, summed over audited rows.",
-    "audit_claimed_sum": "Estimated attention mass covered, summed over audited rows.",
+    "audit_claimed_rows": "Audited rows of which an estimate of the coverage is known.",
+    "audit_claimed_sum": "Estimated attention mass covered, summed over these.",
     "audit_error_sum": "Relative output error, summed over audited rows.",
     "audit_requested_rows": "Audited rows under a coverage rule.",
     "audit_violations": "Audited rows that cover over 0.01 less than requested.",
@@ -107,6 +108,7 @@ class StepMetrics:
         amounts = {
             "audit_rows": now.rows - before.rows,
             "audit_coverage_sum": now.coverage - before.coverage,
+            "audit_claimed_rows": now.claimed_rows - before.claimed_rows,
             "audit_claimed_sum": now.claimed - before.claimed,
             "audit_error_sum": now.error - before.error,
             "audit_requested_rows": now.requested_rows - before.requested_rows,

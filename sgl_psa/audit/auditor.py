@@ -13,7 +13,7 @@ import torch
 from sgl_psa_kernels.progressive_decode import progressive_decode
 
 from sgl_psa.audit.counts import NUM_SUMS, AuditCounts, sums_of
-from sgl_psa.row import CONSERVATIVE, COVERAGE
+from sgl_psa.row import CONSERVATIVE, COVERAGE, DENSE
 from sgl_psa.stats import COVERAGE as CLAIMED
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ class AuditSample(NamedTuple):
 
     Attributes:
         coverage, claimed, error: float32 [B, Hq]: true coverage, the kernel's estimate of it (the
-            same for the query heads of a KV head: of the worst of them), relative output error.
+            same for the query heads of a KV head: of the worst of them; NaN where the policy reads
+            no scores), relative output error.
         requested: float32 [B], NaN where no coverage was asked for.
         valid: bool [B], rows that decoded sparsely; the others hold no measurement.
     """
@@ -59,7 +60,7 @@ def measure(
         plan: the step.
     """
     batch, rows = plan.batch, plan.rows
-    valid = batch.active.bool()
+    valid = (rows.mode != DENSE) & (batch.seq_lens > 0)
     zeros = torch.zeros_like(rows.threshold)
     # Rows that were dense anyway become padding rows, which cost nothing.
     dense_out, dense_lse, _ = progressive_decode(

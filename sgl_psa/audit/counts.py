@@ -21,7 +21,8 @@ class AuditCounts:
     Attributes:
         rows: number of rows.
         coverage: true share of the attention mass that was attended.
-        claimed: estimated coverage that the kernel reported for the row's KV head.
+        claimed_rows: rows of which an estimate is known; the next sum is over these.
+        claimed: estimated coverage that was reported for the row's KV head.
         error: |o - o_dense| / |o_dense|, Euclidean norms, outputs in the dtype of the queries.
         requested_rows: rows under a coverage rule; the two sums below are over these.
         requested: coverage asked for.
@@ -31,6 +32,7 @@ class AuditCounts:
 
     rows: int = 0
     coverage: float = 0.0
+    claimed_rows: int = 0
     claimed: float = 0.0
     error: float = 0.0
     requested_rows: int = 0
@@ -41,10 +43,11 @@ class AuditCounts:
     @classmethod
     def from_sums(cls, sums: Sequence[float]) -> AuditCounts:
         """From the values of the fields in order, the bins last."""
-        rows, coverage, claimed, error, requested_rows, requested, violations, *bins = sums
+        rows, coverage, known, claimed, error, requested_rows, requested, violations, *bins = sums
         return cls(
             int(rows),
             coverage,
+            int(known),
             claimed,
             error,
             int(requested_rows),
@@ -64,7 +67,8 @@ class AuditCounts:
         return {
             "rows": self.rows,
             "mean_coverage": _mean(self.coverage, self.rows),
-            "mean_claimed": _mean(self.claimed, self.rows),
+            "claimed_rows": self.claimed_rows,
+            "mean_claimed": _mean(self.claimed, self.claimed_rows),
             "mean_error": _mean(self.error, self.rows),
             "requested_rows": self.requested_rows,
             "mean_requested": _mean(self.requested, self.requested_rows),
@@ -80,7 +84,8 @@ class AuditCounts:
         return cls(
             rows,
             (report["mean_coverage"] or 0.0) * rows,
-            (report["mean_claimed"] or 0.0) * rows,
+            report["claimed_rows"],
+            (report["mean_claimed"] or 0.0) * report["claimed_rows"],
             (report["mean_error"] or 0.0) * rows,
             requested_rows,
             (report["mean_requested"] or 0.0) * requested_rows,
@@ -126,11 +131,12 @@ def sums_of(
     """The sums of one audited step, float64 [NUM_SUMS], without leaving the device.
 
     Args:
-        coverage, claimed, error: float [B, Hq].
+        coverage, claimed, error: float [B, Hq]; claimed is NaN where there is no estimate.
         requested: float [B], NaN where no coverage was asked for.
         valid: bool [B], rows that count.
     """
     one = valid[:, None].expand_as(coverage)
+    known = one & ~torch.isnan(claimed)
     asked = one & ~torch.isnan(requested)[:, None]
     short = asked & (coverage < requested[:, None] - TOLERANCE)
     edges = torch.tensor(BIN_EDGES[1:], dtype=torch.float64, device=coverage.device)
@@ -140,7 +146,8 @@ def sums_of(
     sums = [
         one.sum(),
         coverage.double().where(one, 0.0).sum(),
-        claimed.double().where(one, 0.0).sum(),
+        known.sum(),
+        claimed.double().where(known, 0.0).sum(),
         error.double().where(one, 0.0).sum(),
         asked.sum(),
         requested.double()[:, None].where(asked, 0.0).sum(),

@@ -10,6 +10,7 @@ import torch
 
 from sgl_psa.backends import resolve_backend
 from sgl_psa.config import PSAConfig
+from sgl_psa.policies import POLICIES
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
 from sgl_psa.scorers import SCORERS, CacheShape, make_scorer
@@ -52,3 +53,29 @@ def test_decode_on_cuda(stop: str, scorer: str, knobs: dict) -> None:
     if knobs:
         torch.testing.assert_close(out.double().cpu(), exact, rtol=0, atol=1e-5)
     assert step is not None and step.row(2).pages_attended <= step.row(2).pages_total
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_on_cuda(policy: str) -> None:
+    """Three steps of a growing request against the same steps on the CPU, in torch."""
+    config = PSAConfig(policy=policy, min_context=0, budget_pages=9, coverage=0.8)
+    cache = make_cache([60 * PAGE + 3], KV_HEADS, DIM, seed=5)
+    outputs, pages = {}, {}
+    for name in ("cpu", "cuda"):
+        device = torch.device(name)
+        shape = CacheShape(1, cache.num_pages, PAGE, KV_HEADS, DIM, device)
+        scorer = make_scorer(config, shape, "torch")
+        k, v = cache.k.to(device), cache.v.to(device)
+        scorer.on_write(0, cache.tokens(0).to(device), k)
+        wrapper = PSADecodeWrapper(config, scorer, backend="torch", kv_element_bytes=4)
+        table, rows = RuleTable(config, 1, device), torch.arange(1, device=device)
+        for step in range(3):
+            q = 3 * torch.randn(1, KV_HEADS * GROUP, DIM, generator=torch.manual_seed(step))
+            lens = (cache.seq_lens - 2 + step).to(device)
+            wrapper.plan(cache.req_to_token.to(device), rows, lens, table.rows(rows))
+            outputs[name], _ = wrapper.run(0, q.to(device), k, v, SCALE)
+            counts = wrapper.finish()
+            assert counts is not None
+            pages[name] = counts.row(0).pages_attended
+    assert pages["cuda"] == pages["cpu"]
+    torch.testing.assert_close(outputs["cuda"].cpu(), outputs["cpu"], rtol=0, atol=1e-4)

@@ -16,6 +16,7 @@ from sgl_psa.audit.report import row as report_row
 from sgl_psa.audit.settings import MODES, REQUESTED, settings
 from sgl_psa.backends import resolve_backend
 from sgl_psa.config import PSAConfig
+from sgl_psa.policies import POLICIES
 from sgl_psa.scorers import SCORERS
 from sgl_psa.wrapper import PSADecodeWrapper
 from test.method.cache import PAGE, Cache, decode, dense, make_cache, make_wrapper
@@ -112,11 +113,11 @@ def test_the_claim_is_exact_when_the_scores_are(backend: str) -> None:
 
 def test_violations_are_rows_over_a_percent_below(backend: str) -> None:
     auditor = Auditor(2, 1.0, page_size=PAGE, backend=backend)
-    coverage = torch.tensor([[0.891, 0.889], [0.2, 0.2], [0.95, 1.0]])
     nan = float("nan")
+    coverage = torch.tensor([[0.891, 0.889], [0.2, 0.2], [0.95, 1.0]])
     sample = AuditSample(
         coverage,
-        torch.ones(3, 2),
+        torch.tensor([[1.0, 0.5], [1.0, 1.0], [nan, nan]]),
         torch.zeros(3, 2),
         torch.tensor([0.9, 0.9, nan]),
         torch.tensor([True, False, True]),
@@ -124,6 +125,7 @@ def test_violations_are_rows_over_a_percent_below(backend: str) -> None:
     auditor.record(1, sample)
     total = auditor.total()
     assert (total.rows, total.requested_rows, total.violations) == (4, 2, 1)
+    assert (total.claimed_rows, total.claimed) == (2, 1.5)
     assert total.coverage == pytest.approx(0.891 + 0.889 + 0.95 + 1.0)
     assert dict(zip(BIN_EDGES, total.histogram, strict=True))[0.8] == 2
     assert sum(total.histogram) == 4 and auditor.layers[0] == AuditCounts()
@@ -277,3 +279,18 @@ def test_captured_tensors_are_those_of_the_layers() -> None:
     logits = torch.einsum("htd,hnd->htn", first.q, k)[:, -1] * first.sm_scale
     want = torch.einsum("hn,hnd->hd", logits.softmax(-1), v)
     torch.testing.assert_close(want.flatten(), outputs[0][0, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_can_be_audited(backend: str, policy: str) -> None:
+    cache = make_cache([48 * PAGE], KV_HEADS, DIM, seed=21)
+    q = queries(1, 22)
+    scorer = (*POLICIES[policy].scorers, "sketch")[0]
+    config = dataclasses.replace(CONFIG, policy=policy, scorer=scorer, budget_pages=6)
+    wrapper, _ = make_wrapper(cache, config, backend)
+    decode(wrapper, cache, q, SCALE)
+    report = wrapper.stats.as_dict()["audit"]
+    assert report["rows"] == (0 if policy == "dense" else KV_HEADS * GROUP)
+    assert report["claimed_rows"] in (0, report["rows"])
+    if report["rows"]:
+        assert 0 < report["mean_coverage"] < 1 + 1e-5 and report["mean_error"] >= 0

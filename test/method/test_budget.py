@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sgl_psa.budget import BudgetPrior, BudgetState, PriorError, log_quantile
+from sgl_psa.calibrate import one_round
 
 LAYERS, HEADS = 3, 2
 
@@ -110,3 +111,13 @@ def test_log_quantile_is_the_smallest_sufficient_observation() -> None:
     needed = torch.arange(1, 101)[torch.randperm(100)][:, None]
     assert float(log_quantile(needed, 0.95)) == pytest.approx(math.log(95))
     assert float(log_quantile(needed[:1] * 0, 0.5)) == 0.0
+
+
+def test_one_round_says_how_the_prediction_does() -> None:
+    base = prior([64]).log_needed.exp()[0]  # [L, Hkv]
+    steady = base.ceil().expand(40, 2, LAYERS, HEADS).transpose(1, 2)
+    found = one_round(steady.long(), 64, prior([64]), rho=0.97)
+    assert found["cold"] == 1.0 and found["warm"] > 0.9
+    assert 1.0 <= found["excess"] < 1.1
+    jump = one_round(2 * steady.long(), 64, prior([64]), rho=0.97)
+    assert jump["cold"] == 0.0 and jump["warm"] > 0.9

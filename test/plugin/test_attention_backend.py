@@ -8,6 +8,7 @@ import torch
 from sglang_psa import state
 from sglang_psa.layers import UnsupportedLayer
 
+from sgl_psa.policies import POLICIES
 from sgl_psa.rule import RequestRule
 from test.plugin.engine_parts import KV_HEADS, LAYERS, Driver, Mode, make_backend, make_layer
 
@@ -79,6 +80,29 @@ def test_requests_in_one_batch_follow_their_own_rules(monkeypatch):
     backend.rules.set(1, RequestRule.default(backend.config))
     driver.step("decode", {0: 1, 1: 1})
     assert backend.last_step.row(1).pages_attended < backend.last_step.row(1).pages_total
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_runs_as_the_servers(monkeypatch, policy):
+    backend = make_backend(
+        monkeypatch,
+        policy=policy,
+        **{"min_context": 0, "recent_pages": 1, "group_pages": 1, "budget_pages": 6},
+        **{"delta": 0.5, "coverage": 0.5, "sketch_bits": 4},
+    )
+    driver = Driver(backend)
+    driver.step("extend", {0: 200, 1: 100})
+    for _ in range(3):
+        results = driver.step("decode", {0: 1, 1: 1})
+    counts = backend.last_step.row(0)
+    assert counts.stale_pages == 0 and counts.pages_total == 26 * LAYERS * KV_HEADS
+    if policy == "dense":
+        assert_exact(results)
+        assert counts.pages_attended == counts.pages_total
+    elif POLICIES[policy].limit == "budget":
+        assert counts.pages_attended == 6 * LAYERS * KV_HEADS
+    else:
+        assert 0 < counts.pages_attended < counts.pages_total
 
 
 def test_the_log_says_once_that_psa_ran_and_only_then(monkeypatch, caplog):

@@ -69,6 +69,15 @@ def test_the_rule_of_the_request_is_named() -> None:
     assert (total["policy"], total["stop"], total["knob"]) == ("psa", "coverage", 0.9)
 
 
+def test_a_policy_without_scores_has_a_budget_and_no_coverage() -> None:
+    rule = RequestRule.parse({"psa_policy": "window", "psa_budget_pages": 12}, CONFIG)
+    request = RequestReads(rule, "sketch")
+    request.take([None, *row_sums(a_step([160], [5], coverage=float("nan")), 1)])
+    total = request.as_dict()
+    assert (total["policy"], total["stop"], total["knob"]) == ("window", "budget", 12)
+    assert total["coverage"] is None and total["pages_fraction"] == pytest.approx(0.5)
+
+
 def test_retraction_does_not_lose_or_double_steps() -> None:
     (step,) = row_sums(a_step([160], [5]), 1)
     request = RequestReads(RULE, "sketch")

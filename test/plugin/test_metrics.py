@@ -74,15 +74,16 @@ def test_audit_counters_grow_by_what_was_measured_since() -> None:
     registry = CollectorRegistry()
     metrics, audit = StepMetrics(LABELS, registry), Audit()
     assert observed(registry, "audit_rows_total") == 0
-    audit.measure(AuditCounts(4, 3.5, 3.75, 0.5, 2, 1.8, 1))
+    audit.measure(AuditCounts(4, 3.5, 4, 3.75, 0.5, 2, 1.8, 1))
     metrics.observe_audit(audit)
     metrics.observe_audit(audit)
-    audit.measure(AuditCounts(2, 1.5, 2.0, 0.25))
+    audit.measure(AuditCounts(2, 1.5, 1, 1.0, 0.25))
     metrics.observe_audit(audit)
     expected = {
         "audit_rows": 6,
         "audit_coverage_sum": 5.0,
-        "audit_claimed_sum": 5.75,
+        "audit_claimed_rows": 5,
+        "audit_claimed_sum": 4.75,
         "audit_error_sum": 0.75,
         "audit_requested_rows": 2,
         "audit_violations": 1,

@@ -161,6 +161,22 @@ def test_a_bad_rule_of_a_stream_has_http_status_400() -> None:
     assert "marginal, coverage" in caught.value.detail
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"psa_policy": "oracle_top_p"}, "--psa-scorer exact"),
+        ({"psa_policy": "window", "psa_budget_pages": 1}, "set psa_budget_pages to 3"),
+        ({"psa_budget_pages": 9}, "no effect on policy psa"),
+    ],
+)
+def test_what_this_server_cannot_do_has_http_status_400(asked: dict[str, Any], words: str) -> None:
+    from fastapi import HTTPException
+
+    with pytest.raises(HTTPException) as caught:
+        refuse_before_stream(manager(), SimpleNamespace(sampling_params=asked))
+    assert caught.value.status_code == 400 and words in caught.value.detail
+
+
 def test_closing_the_output_closes_sglangs_generator() -> None:
     closed = []
 

@@ -15,12 +15,12 @@ from sgl_psa.stats import NUM_COLUMNS, ByteCost, PSAStats, step_stats
 LAYERS, PAGE = 2, 16
 
 
-def stats_of(pages: list[int], rounds: float = 1.0) -> PSAStats:
+def stats_of(pages: list[int], rounds: float = 1.0, coverage: float = 0.5) -> PSAStats:
     """Decode steps of one row of 10 pages that read so many of them; 2 heads."""
     stats = PSAStats(LAYERS)
     for n in pages:
         columns = torch.zeros(LAYERS, 1, 2, NUM_COLUMNS)
-        columns[:] = torch.tensor([n, n * PAGE, 0, rounds, 0.5, 0])
+        columns[:] = torch.tensor([n, n * PAGE, 0, rounds, coverage, 0])
         lens = torch.tensor([160], dtype=torch.int32)
         stats.add(step_stats(columns, lens, int(n < 10), PAGE, ByteCost(8, 0)))
     return stats
@@ -96,6 +96,14 @@ def test_audits_of_ranks_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert audit["violation_rate"] == pytest.approx(0.5)
     assert [layer["rows"] for layer in audit["layers"]] == [0, 4]
     assert audit["histogram"]["0.5"] == 2 and audit["histogram"]["0.999"] == 2
+
+
+def test_coverage_is_the_mean_of_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = part(monkeypatch, stats_of([2, 2], coverage=float("nan")), 0)
+    assert unknown["mean_coverage"] is None
+    assert routes.merge([unknown])["mean_coverage"] is None
+    known = part(monkeypatch, stats_of([4], coverage=0.75), 1)
+    assert routes.merge([unknown, known])["mean_coverage"] == pytest.approx(0.75)
 
 
 def test_other_backends_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
