@@ -21,7 +21,7 @@ from sgl_psa.evaluate.results import Results, Row, make_row
 from sgl_psa.evaluate.tasks import TASKS
 
 EMBEDDED = Path(sgl_psa.__file__).parent / "assets" / "recall"
-QUICK = {"lengths": "2048", "queries": 20}
+QUICK = {"lengths": "2048", "queries": 10}
 FULL = {"lengths": "8192", "queries": 200}
 
 
