@@ -21,7 +21,7 @@ from sgl_psa.evaluate.results import Results, Row, make_row
 from sgl_psa.evaluate.tasks import TASKS
 
 EMBEDDED = Path(sgl_psa.__file__).parent / "assets" / "recall"
-QUICK = {"lengths": "2048", "queries": 20}
+QUICK = {"lengths": "2048", "queries": 10}
 FULL = {"lengths": "8192", "queries": 200}
 
 
@@ -162,19 +162,20 @@ def _work(
     specs: Sequence[PolicySpec],
 ) -> list[tuple[str, int, list[PolicySpec]]]:
     """What is not in the results yet; says what the runner cannot do."""
-    work, refused = [], dict[str, None]()
+    work, refused = list[tuple[str, int, list[PolicySpec]]](), dict[tuple[str, str], list[str]]()
     for length in lengths:
         for task in tasks:
             missing = []
             for spec in specs:
                 reason = runner.refuses(TASKS[task], spec)
                 if reason:
-                    refused[f"left out: {spec.text} on {task}: {reason}"] = None
+                    refused.setdefault((task, reason), []).append(spec.text)
                 elif not results.find(_key(identity, task, length, spec)):
                     missing.append(spec)
             if missing:
                 work.append((task, length, missing))
-    print("\n".join(refused), end="\n" if refused else "")
+    for (task, reason), left in refused.items():
+        print(f"left out on {task}: {', '.join(dict.fromkeys(left))}: {reason}")
     return work
 
 

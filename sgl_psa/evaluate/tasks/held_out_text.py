@@ -8,7 +8,7 @@ from sgl_psa.evaluate.example import TextExample
 from sgl_psa.evaluate.material import ContextTooShort, Material
 
 _SPANS = 20
-_SPAN_TOKENS = 32
+_SPAN_TOKENS = 24
 
 
 def build(material: Material, length: int, rng: random.Random) -> TextExample:
