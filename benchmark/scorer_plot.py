@@ -37,8 +37,8 @@ def plot(report: dict[str, Any]) -> Path:
         right.set_title(f"{tokens} tokens, marginal rule, delta 0.3, 0.1, 0.03")
         right.set_xlabel("all bytes read (pages and scorer), % of K and V")
         right.set_xscale("log")
+        left.set_yscale("log")
         for axes in (left, right):
-            axes.set_yscale("log")
             axes.grid(True, which="both", alpha=0.3)
         right.legend(fontsize=7, ncol=2)
     figure.tight_layout()
