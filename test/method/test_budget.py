@@ -120,4 +120,4 @@ def test_one_round_says_how_the_prediction_does() -> None:
     assert found["cold"] == 1.0 and found["warm"] > 0.9
     assert 1.0 <= found["excess"] < 1.1
     jump = one_round(2 * steady.long(), 64, prior([64]), rho=0.97)
-    assert jump["cold"] == 0.0 and jump["warm"] > 0.9
+    assert jump["cold"] == 0.0 and jump["warm"] > 0.75
