@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmark.recall_server import build
+from sgl_psa.evaluate.example import Example
+from sgl_psa.evaluate.material import RECALL, Material
+from sgl_psa.evaluate.tasks import TASKS
 
 
 class LayerCapture(NamedTuple):
@@ -83,15 +85,19 @@ def recall_captures(
     """Captures of recall contexts: set lines in filler text, then questions with their answers.
 
     Args:
-        tasks: keys of ``benchmark.recall_server.TASKS``.
-        tokens: length of a context, about.
+        tasks: keys of ``sgl_psa.evaluate.tasks.TASKS`` whose questions have one exact answer.
+        tokens: most tokens of a context.
         contexts: of each task.
         positions: answer positions a context.
     """
     model = CaptureModel(folder)
+    material = Material(model.tokenizer, RECALL)
     captures = []
     for task, seed in itertools.product(tasks, range(contexts)):
-        text, queries = build(task, tokens, seed)
-        random.Random(seed).shuffle(queries)
-        captures.append(model.run(text, queries[:6], positions))
+        example = TASKS[task].build(material, tokens, str(seed))
+        assert isinstance(example, Example)
+        turns = [query.turns[0] for query in example.queries]
+        random.Random(seed).shuffle(turns)
+        queries = [(turn.question, turn.answers[0]) for turn in turns[:6]]
+        captures.append(model.run(example.context, queries, positions))
     return captures

@@ -5,7 +5,7 @@
 Each backend is a real ``sgl.Engine`` with the same model, page size and 2k prefill chunks; all are
 up at the same time and answer the same prompts in turn. A prompt is random token ids, so no two
 share a prefix and attention is what the model makes of noise: how much PSA reads here says nothing
-about quality (see ``benchmark.recall_server``). Prefill is the time to the first token, decode the
+about quality (``make eval`` does). Prefill is the time to the first token, decode the
 mean time of a further one.
 """
 

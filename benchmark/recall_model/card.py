@@ -69,7 +69,9 @@ def fields(run: Path, model: Path, results: Path) -> dict[str, str]:
         "positions": str(config["max_position_embeddings"]),
         "theta": f"{config['rope_parameters']['rope_theta']:,.0f}",
         "table": table(cells),
-        "perplexity": ", ".join(f"{v} at {k}" for k, v in perplexity.items()),
+        "perplexity": ", ".join(
+            f"{v} at {k}" for k, v in sorted(perplexity.items(), key=lambda x: int(x[0]))
+        ),
     }
 
 

@@ -93,6 +93,7 @@ def test_bad_sketch_and_summary_shapes_are_refused() -> None:
             torch.tensor([1]),
             torch.tensor([1], dtype=torch.int32),
             summary,
+            kind="hybrid",
             page_size=16,
             backend="cpu",
         )
