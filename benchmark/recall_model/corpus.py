@@ -8,7 +8,6 @@ extracted from it never fall on different sides.
 
 from __future__ import annotations
 
-import hashlib
 import html
 import re
 import shutil
@@ -18,13 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sgl_psa.evaluate.text import HELD_OUT_TOPIC_PERMILLE, bucket, clean
+
 LICENCES = {
     "python": "PSF-2.0 (Python standard library sources and reference topics)",
     "cmake": "BSD-3-Clause (CMake help)",
     "node": "MIT (Node.js documentation)",
     "rust": "MIT or Apache-2.0 (the Rust books)",
 }
-VALIDATION_PERMILLE = 20
 MAX_CHARACTERS = 300_000
 
 _SKIPPED_PYTHON = ("site-packages", "test", "tests", "idlelib", "encodings", "ensurepip")
@@ -54,17 +54,7 @@ class Document:
 
     @property
     def is_validation(self) -> bool:
-        digest = hashlib.sha256(f"{self.source}/{self.topic}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") % 1000 < VALIDATION_PERMILLE
-
-
-def clean(text: str) -> str:
-    """ASCII text with unix newlines, no long rulers and no runs of blank lines."""
-    text = text.replace("\r\n", "\n").replace("\t", "    ").encode("ascii", "ignore").decode()
-    text = re.sub(r"[ ]+\n", "\n", text)
-    text = re.sub(r"\n{3,}", "\n\n", text)
-    text = re.sub(r"([-=#*~_.^+])\1{7,}", lambda match: match.group(1) * 6, text)
-    return re.sub(r" {9,}", " " * 8, text)
+        return bucket(f"{self.source}/{self.topic}") < HELD_OUT_TOPIC_PERMILLE
 
 
 def _read(path: Path) -> str:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from .words import invented, is_held_out
+from sgl_psa.evaluate.text import word_is_held_out
+
+from .words import invented
 
 Word = tuple[int, ...]
 INVENTED_WORDS = 30_000
@@ -41,13 +43,13 @@ class Lexicon:
     @classmethod
     def build(cls, tokenizer: Tokenizer, words: list[str]) -> Lexicon:
         """words: the dictionary; its held-out tenth is separated here."""
-        in_list = [w for w in words if not is_held_out(w)]
+        in_list = [w for w in words if not word_is_held_out(w)]
         known = encode_words(tokenizer, in_list)
         capital = random.Random(1).sample(in_list, min(CAPITAL_WORDS, len(in_list)))
         symbols = ("\n", "#", "?", ">", " ", ":", " =", " is")
         return cls(
             known=known,
-            held_out=encode_words(tokenizer, [w for w in words if is_held_out(w)]),
+            held_out=encode_words(tokenizer, [w for w in words if word_is_held_out(w)]),
             common=[w for w in known if len(w) == 1],
             invented=encode_words(tokenizer, invented(INVENTED_WORDS, seed=2)),
             capital=encode_words(tokenizer, [w.capitalize() for w in capital]),

@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from sgl_psa.evaluate.text import word_is_held_out
+
 from . import tokenizer as tok
 from .corpus import Document, collect
 from .lexicon import Lexicon
-from .words import dictionary, is_held_out
+from .words import dictionary
 
 _REPEATS = {"python": 1, "cmake": 2, "node": 1, "rust": 2}
 _TOKENIZER_SHARE = {"python": 0.35, "cmake": 0.8, "node": 0.6, "rust": 1.0}
@@ -62,7 +64,7 @@ def prepare(folder: Path, tokenizer_file: Path | None = None) -> Data:
         word_file.write_text("\n".join(words))
         if tokenizer_file is None:
             texts = [d.text[:60_000] for d in training if rng.random() < _TOKENIZER_SHARE[d.source]]
-            tokenizer = tok.build(texts, [w for w in words if not is_held_out(w)])
+            tokenizer = tok.build(texts, [w for w in words if not word_is_held_out(w)])
         else:
             tokenizer = Tokenizer.from_file(str(tokenizer_file))
         validation = [d for d in documents if d.is_validation]

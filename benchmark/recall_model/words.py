@@ -7,16 +7,15 @@ never take part in a training key or value (they may occur in ordinary text).
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from sgl_psa.evaluate.text import word_is_held_out
+
 WORD_LISTS = ("/usr/share/dict/american-english", "/usr/share/dict/words")
-HELD_OUT_PERMILLE = 100
-_SALT = "held-out-1"
 _PARTS = """
 b c d f g h j k l m n p r s t v w z br ch cl cr dr fl fr gl gr kl pl pr qu sc sh sk sl sp st th tr
 a e i o u ai ea ee io oa ou y
@@ -25,12 +24,6 @@ a e i o u ai ea ee io oa ou y
 _ONSETS, _NUCLEI, _CODAS = (
     ["" if part == "-" else part for part in line.split()] for line in _PARTS.split("\n")[1:4]
 )
-
-
-def is_held_out(word: str) -> bool:
-    """True for the fixed tenth of all words that training keys and values never use."""
-    digest = hashlib.sha256(f"{_SALT}:{word.lower()}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") % 1000 < HELD_OUT_PERMILLE
 
 
 def dictionary(fallback_texts: Iterable[str] = ()) -> list[str]:
@@ -55,6 +48,6 @@ def invented(count: int, seed: int) -> list[str]:
         word = "".join(
             rng.choice(_ONSETS) + rng.choice(_NUCLEI) + rng.choice(_CODAS) for _ in range(syllables)
         )
-        if len(word) >= 3 and not is_held_out(word):
+        if len(word) >= 3 and not word_is_held_out(word):
             words.add(word)
     return sorted(words)

@@ -120,7 +120,7 @@ def _add(result: Measurement, row: Row) -> int:
     assert isinstance(row.counts, torch.Tensor)
     sums = ReadCounts(*row.counts.sum(0).tolist())  # type: ignore[arg-type]
     result.reads.add(
-        estimates=getattr(sums, "estimates", sums.visits),
+        estimates=sums.estimates,
         **{name: float(getattr(sums, name)) for name in _SUMS},
     )
     result.heads = row.heads + result.heads

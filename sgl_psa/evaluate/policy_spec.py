@@ -10,22 +10,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sgl_psa.config import ConfigError, PSAConfig, convert, unknown_key
-from sgl_psa.policies import POLICIES
+from sgl_psa.policies import KNOBS, POLICIES
 from sgl_psa.rule import RequestRule
 from sgl_psa.scorers import SCORERS
 from sgl_psa.stop import STOP_RULES
 
-#: policy -> the setting that its number sets; ``psa`` depends on the stop rule.
-_KNOBS = {
-    "topk": "budget_pages",
-    "window": "budget_pages",
-    "swa": "budget_pages",
-    "top_p": "coverage",
-    "oracle_top_p": "coverage",
-    "oracle_marginal": "delta",
-}
 _SKETCHES = ("sketch", "rotated_sketch", "two_level")
-_PSA_KNOBS = {"marginal": "delta", "coverage": "coverage"}
 DENSE = "dense"
 
 
@@ -52,7 +42,7 @@ class PolicySpec:
     @property
     def scorer(self) -> str | None:
         """The scorer; ``None`` if the policy reads no scores."""
-        blind = self.policy == DENSE or not getattr(POLICIES[self.policy], "reads_scores", True)
+        blind = self.policy == DENSE or not POLICIES[self.policy].reads_scores
         return None if blind else self.config.scorer
 
     @property
@@ -120,7 +110,8 @@ def parse(text: str, base: PSAConfig | None = None) -> PolicySpec:
             known = [*STOP_RULES, *SCORERS, "NUMBER", "SETTING=VALUE"]
             raise ConfigError(f"--policies {text!r}: {part!r} is none of {', '.join(known)}")
     settings = {**(base or PSAConfig()).as_dict(), **_default_scorer(name, base), **given}
-    knob_name = _PSA_KNOBS[settings["stop"]] if name == "psa" else _KNOBS.get(name)
+    limit = POLICIES[name].limit or settings["stop"]
+    knob_name = None if name == DENSE else KNOBS[limit]
     if number is not None:
         if knob_name is None:
             raise ConfigError(f"--policies {text!r}: {name} has no knob, drop {number!r}")
@@ -137,15 +128,8 @@ def parse_all(texts: list[str], base: PSAConfig | None = None) -> list[PolicySpe
 
 
 def default_specs(quick: bool) -> list[str]:
-    """A table over every policy that exists; ``quick`` keeps one or two points of each."""
-    table = _QUICK if quick else _FULL
-    return [text for text in table if _exists(text)]
-
-
-def _exists(text: str) -> bool:
-    name, *parts = text.split(":")
-    words = [part for part in parts if "=" not in part and not _is_number(part)]
-    return name in POLICIES and all(word in STOP_RULES or word in SCORERS for word in words)
+    """A table over every policy; ``quick`` keeps one or two points of each."""
+    return list(_QUICK if quick else _FULL)
 
 
 def _is_number(part: str) -> bool:
@@ -158,7 +142,7 @@ def _is_number(part: str) -> bool:
 
 def _default_scorer(policy: str, base: PSAConfig | None) -> dict[str, str]:
     """The policy's own scorer, unless the base's is one that it may run with."""
-    scorers: tuple[str, ...] = getattr(POLICIES[policy], "scorers", ())
+    scorers = POLICIES[policy].scorers
     suits = not scorers or (base is not None and base.scorer in scorers)
     return {} if suits else {"scorer": scorers[0]}
 

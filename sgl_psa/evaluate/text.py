@@ -23,12 +23,12 @@ _SHORTEST, _LONGEST = 500, 300_000
 
 def topic_is_held_out(topic: str) -> bool:
     """Whether documents of ``topic`` (a top-level module, or ``topic-NAME``) are held out."""
-    return _bucket(f"python/{topic}") < HELD_OUT_TOPIC_PERMILLE
+    return bucket(f"python/{topic}") < HELD_OUT_TOPIC_PERMILLE
 
 
 def word_is_held_out(word: str) -> bool:
     """Whether ``word`` belongs to the tenth of all words that training keys and values avoid."""
-    return _bucket(f"held-out-1:{word.lower()}") < HELD_OUT_WORD_PERMILLE
+    return bucket(f"held-out-1:{word.lower()}") < HELD_OUT_WORD_PERMILLE
 
 
 @cache
@@ -42,14 +42,14 @@ def held_out_text() -> str:
         if not skipped and topic_is_held_out(Path(parts[0]).stem):
             found.append(path.read_text(encoding="utf-8", errors="ignore"))
     found += [topics[name] for name in sorted(topics) if topic_is_held_out(f"topic-{name}")]
-    cleaned = [_clean(text) for text in found]
+    cleaned = [clean(text) for text in found]
     return "\n\n".join(text for text in cleaned if _SHORTEST < len(text) < _LONGEST)
 
 
 @cache
 def prose() -> str:
     """Every reference topic of Python, held out or not: English of about 600,000 characters."""
-    return "\n\n".join(_clean(topics[name]) for name in sorted(topics))
+    return "\n\n".join(clean(topics[name]) for name in sorted(topics))
 
 
 @cache
@@ -65,11 +65,12 @@ def words() -> tuple[str, ...]:
     return tuple(sorted(set(re.findall(r"\b[a-z]{4,9}\b", prose()))))
 
 
-def _bucket(name: str) -> int:
+def bucket(name: str) -> int:
+    """0 to 999, by a fixed hash: what decides every held-out split."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 1000
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """ASCII with unix newlines, no long rulers, no runs of blank lines."""
     text = text.replace("\r\n", "\n").replace("\t", "    ").encode("ascii", "ignore").decode()
     text = re.sub(r" +\n", "\n", text)

@@ -60,7 +60,7 @@ class TwoLevelScorer(Scorer):
     def score(self, layer: int, q: torch.Tensor, batch: PageBatch, sm_scale: float) -> torch.Tensor:
         shape = self.shape
         rotated = self.first.rotate(q)
-        coarse = self.first.score_rotated(layer, rotated, batch, sm_scale)
+        coarse = self.first.score_codes(layer, rotated, batch, sm_scale)
         candidates = choose_candidates(
             coarse,
             batch,
@@ -68,7 +68,7 @@ class TwoLevelScorer(Scorer):
             shape.page_size,
             self.candidate_pages,
         )
-        fine = self.second.score_rotated(layer, rotated, batch, sm_scale, candidates)
+        fine = self.second.score_codes(layer, rotated, batch, sm_scale, candidates)
         active = batch.active.to(torch.float32)
         pages = torch.div(
             batch.seq_lens + shape.page_size - 1, shape.page_size, rounding_mode="floor"

@@ -1,0 +1,102 @@
+"""What the scorers that keep a low-bit copy of every key share; one file each says which copy."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+import torch
+from sgl_psa_kernels import key_sketch
+
+from sgl_psa.config import PSAConfig
+from sgl_psa.scorers.base import CacheShape, PageBatch, Scorer
+
+_VALUE_BYTES = 2  # float16
+
+
+class LowBitScorer(Scorer):
+    """Codes uint8 [L, pages, Hkv, P, D * bits / 8]; affine float16 [..., P, values].
+
+    A class attribute ``values`` says how many float16 values a key has besides its codes. ``signs``
+    are those of the rotation before the codes are taken, ``None`` without one.
+    """
+
+    values: ClassVar[int]
+    signs: torch.Tensor | None = None
+
+    def __init__(self, shape: CacheShape, backend: str, bits: int) -> None:
+        """
+        Args:
+            bits: 1, 2 or 4.
+
+        Raises:
+            ValueError: the head dimension does not fill whole bytes.
+        """
+        if shape.head_dim * bits % 8:
+            raise ValueError(f"sketch_bits={bits} needs a head dimension that fills whole bytes")
+        super().__init__(shape, backend)
+        self.bits = bits
+        pages = (shape.num_layers, shape.num_pages, shape.num_kv_heads, shape.page_size)
+        self.codes = torch.zeros(
+            *pages, shape.head_dim * bits // 8, dtype=torch.uint8, device=shape.device
+        )
+        self.affine = torch.zeros(*pages, self.values, dtype=torch.float16, device=shape.device)
+
+    @classmethod
+    def build(cls, config: PSAConfig, shape: CacheShape, backend: str) -> Self:
+        return cls(shape, backend, config.sketch_bits)
+
+    @classmethod
+    def page_bytes(cls, page_size: int, head_dim: int, bits: int) -> int:
+        return page_size * (head_dim * bits // 8 + cls.values * _VALUE_BYTES)
+
+    @property
+    def bytes_per_page(self) -> int:
+        return self.page_bytes(self.shape.page_size, self.shape.head_dim, self.bits)
+
+    def on_write(self, layer: int, slots: torch.Tensor, k_cache: torch.Tensor) -> None:
+        self.encode(layer, slots, k_cache)
+        self.advance(layer, slots)
+
+    def encode(self, layer: int, slots: torch.Tensor, k_cache: torch.Tensor) -> None:
+        """Sketch the keys at ``slots``; the watermark stays."""
+        key_sketch.write(
+            k_cache,
+            slots,
+            self.codes[layer],
+            self.affine[layer],
+            self.signs,
+            bits=self.bits,
+            page_size=self.shape.page_size,
+            backend=self.backend,
+        )
+
+    def score(self, layer: int, q: torch.Tensor, batch: PageBatch, sm_scale: float) -> torch.Tensor:
+        return self.score_codes(layer, q, batch, sm_scale)
+
+    def score_codes(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        batch: PageBatch,
+        sm_scale: float,
+        candidates: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``score`` of queries in the basis of the codes; -inf at pages where ``candidates`` (uint8
+        [B, Hkv, max_pages]) is 0, whose codes are not read."""
+        return key_sketch.score(
+            q,
+            self.codes[layer],
+            self.affine[layer],
+            self.watermark[layer],
+            batch.page_table,
+            batch.seq_lens,
+            batch.active,
+            candidates,
+            bits=self.bits,
+            page_size=self.shape.page_size,
+            sm_scale=sm_scale,
+            backend=self.backend,
+        )
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        return [self.codes, self.affine]
