@@ -20,7 +20,7 @@ from types import FrameType
 EXAMPLE = """\
 PSA server ready: {url}
   try    curl -s {url}/generate -H 'Content-Type: application/json' \\
-           -d '{{"text": "# blue harbor 482915\\n? blue harbor", \
+           -d '{{"text": "# blue harbor482915\\n? blue harbor", \
 "sampling_params": {{"max_new_tokens": 4, "temperature": 0}}}}'
   stats  curl -s {url}/psa/stats
   stop   Ctrl-C"""

@@ -214,3 +214,42 @@ def test_bad_rows_are_refused(backend: str, change: dict, match: str) -> None:
     rule = (change.get("mode", MARGINAL), change.get("threshold", 0.0), 0.0, 0.0)
     with pytest.raises(ValueError, match=match):
         decode(batch, log_mass, rule, backend)
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "dense"])
+@pytest.mark.parametrize("group_pages", [1, 3])
+def test_first_group_follows_the_prediction(rule: str, group_pages: int, backend: str) -> None:
+    """Predictions below the forced pages, in between, and beyond the context."""
+    batch = make_batch(Case(torch.float32, 64, 16, 2, 3, (560, 16, 0, 600, 500)))
+    log_mass = estimates(batch)
+    first = torch.tensor([[0, 7], [1, 9], [5, 5], [10**6, 1], [-4, 20]], dtype=torch.int32)
+    options = {"group_pages": group_pages, "first_pages": first}
+    want = decode(batch, log_mass, RULES[rule], "reference", exact=True, **options)
+    check(batch, decode(batch, log_mass, RULES[rule], backend, **options), want)
+
+
+def test_prediction_that_suffices_takes_one_round(backend: str) -> None:
+    batch = make_batch(Case(torch.float32, 64, 16, 2, 3, (560,)))
+    log_mass = estimates(batch)
+    _, _, plain = decode(batch, log_mass, RULES["coverage-.8"], backend, group_pages=1)
+    pages = plain[..., STAT_NAMES.index("pages_attended")].to(torch.int32)
+    _, _, stats = decode(
+        batch, log_mass, RULES["coverage-all"], backend, group_pages=1, first_pages=pages * 0 + 35
+    )
+    assert plain[..., STAT_NAMES.index("rounds")].min() > 1
+    assert (stats[..., STAT_NAMES.index("rounds")] == 1).all()
+    with pytest.raises(ValueError, match="first_pages"):
+        decode(batch, log_mass, RULES["coverage-.8"], backend, first_pages=pages[:, :1])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_attended_pages_are_told(rule: str, backend: str) -> None:
+    batch = make_batch(Case(torch.float32, 64, 16, 2, 3, (560, 16, 0, 600)))
+    log_mass = estimates(batch)
+    shape = (4, 2, batch.page_table.shape[1])
+    want, got = torch.full(shape, 7).byte(), torch.full(shape, 7).byte()
+    decode(batch, log_mass, RULES[rule], "reference", exact=True, attended=want)
+    _, _, stats = decode(batch, log_mass, RULES[rule], backend, attended=got)
+    assert torch.equal(got, want)
+    assert torch.equal(got.sum(-1), stats[..., STAT_NAMES.index("pages_attended")].long())
+    assert got[3, :, 0].all() and not got[2].any() and not got[1, :, 1:].any()

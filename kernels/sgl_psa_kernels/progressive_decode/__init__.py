@@ -44,6 +44,8 @@ def progressive_decode(
     recent_pages: int,
     group_pages: int,
     backend: str,
+    first_pages: torch.Tensor | None = None,
+    attended: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of one query token per row over the pages that the row's rule selects.
 
@@ -72,6 +74,11 @@ def progressive_decode(
         sink_pages, recent_pages: first and last pages that are always attended, >= 0.
         group_pages: pages per round, >= 1.
         backend: "reference", "torch" (any device) or "cpu" (C++).
+        first_pages: int32 [B, Hkv], the prediction that makes one round enough: the first group
+            is as large as it takes to have attended this many pages after it, forced ones
+            included, and at least ``group_pages``. None: every group has ``group_pages``.
+        attended: uint8 [B, Hkv, max_pages], contiguous, written if given: 1 for every page that
+            was attended, 0 for all others.
 
     Returns:
         out [B, Hq, D] in the dtype of q; lse float32 [B, Hq], natural log, of what was attended;
@@ -112,6 +119,11 @@ def progressive_decode(
         sink_pages >= 0 and recent_pages >= 0,
         f"{op}: sink_pages and recent_pages must be >= 0, got {sink_pages} and {recent_pages}",
     )
+    if first_pages is not None:
+        checks.check_tensor(op, "first_pages", first_pages, torch.int32, (batch, k_cache.shape[1]))
+    if attended is not None:
+        shape = (batch, k_cache.shape[1], page_table.shape[1])
+        checks.check_tensor(op, "attended", attended, torch.uint8, shape)
     checks.require(group_pages >= 1, f"{op}: group_pages must be >= 1, got {group_pages}")
     return implementation(
         q,
@@ -129,6 +141,8 @@ def progressive_decode(
         sink_pages=sink_pages,
         recent_pages=recent_pages,
         group_pages=group_pages,
+        first_pages=first_pages,
+        attended=attended,
     )
 
 

@@ -24,11 +24,13 @@ def progressive_decode(
     sink_pages: int,
     recent_pages: int,
     group_pages: int,
+    first_pages: torch.Tensor | None = None,
+    attended: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.progressive_decode.progressive_decode`."""
     op = "progressive_decode"
     require_cpu(op, q, k_cache, v_cache, page_table, seq_lens, log_mass, mode, threshold)
-    require_cpu(op, kappa_floor, kappa_std)
+    require_cpu(op, kappa_floor, kappa_std, first_pages, attended)
     batch, num_qo_heads, _ = q.shape
     num_kv_heads = k_cache.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype)
@@ -62,6 +64,8 @@ def progressive_decode(
         out=out.data_ptr(),
         lse=lse.data_ptr(),
         stats=stats.data_ptr(),
+        first_pages=None if first_pages is None else first_pages.data_ptr(),
+        attended=None if attended is None else attended.data_ptr(),
     )
     call(op, "psa_progressive_decode", args)
     return out, lse, stats

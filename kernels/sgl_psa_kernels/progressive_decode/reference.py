@@ -89,6 +89,7 @@ def select_and_attend(
     sink_pages: int,
     recent_pages: int,
     group_pages: int,
+    first_pages: int,
 ) -> list[float]:
     """The progressive loop for log_mass [G, n]; returns the statistics."""
     n = log_mass.shape[1]
@@ -115,9 +116,10 @@ def select_and_attend(
         key = (log_mass - log_total.unsqueeze(1)).amax(0).tolist()
         remaining.sort(key=lambda page: (-key[page], page))
     while remaining:
+        size = group_pages if rounds else max(group_pages, first_pages - len(head.attended))
         if rule.mode == MARGINAL:
             worth = (log_mass > (head.lse + rule.threshold).unsqueeze(1)).any(0)
-            group = [page for page in remaining if worth[page]][:group_pages]
+            group = [page for page in remaining if worth[page]][:size]
             if not group:
                 break
             head.attend(group)
@@ -125,7 +127,7 @@ def select_and_attend(
             left = torch.logsumexp(log_mass[:, remaining], dim=1)
             if bool((left + kappa <= head.lse + rule.threshold).all()):
                 break
-            group = remaining[:group_pages]
+            group = remaining[:size]
             if rule.mode == COVERAGE:
                 residuals = Residuals(rule, list(log_mass[:, :0]))
             residuals.add(head.attend(group), log_mass[:, group])
@@ -158,6 +160,8 @@ def progressive_decode(
     sink_pages: int,
     recent_pages: int,
     group_pages: int,
+    first_pages: torch.Tensor | None = None,
+    attended: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.progressive_decode.progressive_decode`.
 
@@ -172,6 +176,8 @@ def progressive_decode(
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full((batch, num_qo_heads), -INF, dtype=work)
     stats = torch.zeros(batch, num_kv_heads, NUM_STATS)
+    if attended is not None:
+        attended.zero_()
     for b in range(batch):
         seq_len = int(seq_lens[b])
         n = checks.check_row_length(op, b, seq_len, page_table.shape[1], page_size)
@@ -206,10 +212,18 @@ def progressive_decode(
             else:
                 estimates = log_mass[b, heads, :n].to(work)
                 row_stats = select_and_attend(
-                    head, estimates, rule, sink_pages, recent_pages, group_pages
+                    head,
+                    estimates,
+                    rule,
+                    sink_pages,
+                    recent_pages,
+                    group_pages,
+                    0 if first_pages is None else int(first_pages[b, h]),
                 )
             out[b, heads] = head.out.to(q.dtype)
             lse[b, heads] = head.lse
+            if attended is not None:
+                attended[b, h, head.attended] = 1
             stats[b, h] = torch.tensor(row_stats, dtype=torch.float32)
     return out, lse, stats
 

@@ -133,6 +133,8 @@ def progressive_decode(
     sink_pages: int,
     recent_pages: int,
     group_pages: int,
+    first_pages: torch.Tensor | None = None,
+    attended: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.progressive_decode.progressive_decode`."""
     batch, num_q, dim = q.shape
@@ -183,6 +185,10 @@ def progressive_decode(
     rounds = torch.zeros_like(count)
     kappa = torch.where(safe[:, None], residuals.correction(std, floor), 0.0)
     running = sparse & (scored > 0)
+    ends, size = None, group_pages
+    if first_pages is not None:
+        ends = first_pages.flatten().long()
+        size = max(size, min(int(ends.max()), max_pages)) if batch else size
     while True:
         left = exists & ~state.done & running[:, None]
         worth = (estimate > (state.lse + limit[:, None])[..., None]).any(1)
@@ -192,7 +198,11 @@ def progressive_decode(
         running = wanted.any(1)
         if not bool(running.any()):
             break
-        index, valid = _first(wanted, order, group_pages)
+        index, valid = _first(wanted, order, size)
+        if ends is not None:
+            room = (ends - state.done.sum(1)).clamp(min=group_pages)
+            valid &= place[: valid.shape[1]] < room[:, None]
+            ends, size = None, group_pages
         exact = state.attend(index, valid)
         rounds += running
         residuals.keep(safe)
@@ -204,10 +214,12 @@ def progressive_decode(
     remaining = torch.logsumexp(rest, -1) + kappa
     coverage = torch.sigmoid(state.lse - remaining).amin(1)
     coverage = torch.where(remaining.amax(1) == -INF, torch.ones_like(coverage), coverage)
-    attended = state.done & exists
+    read = state.done & exists
+    if attended is not None:
+        attended.copy_(read.view(attended.shape))
     columns = [
-        attended.sum(1),
-        (attended * tokens).sum(1),
+        read.sum(1),
+        (read * tokens).sum(1),
         scored,
         rounds,
         coverage,

@@ -32,6 +32,8 @@ void padding_row(const PsaDecodeArgs& a, int row) {
   std::fill(a.lse + first, a.lse + first + heads, -INF);
   float* s = stats_of(a, row, 0);
   std::fill(s, s + (int64_t)a.rows.num_kv_heads * PSA_NUM_STATS, 0.0f);
+  if (uint8_t* attended = attended_of(a, row, 0))
+    std::memset(attended, 0, (size_t)a.rows.num_kv_heads * a.rows.max_pages);
 }
 
 template <class T>

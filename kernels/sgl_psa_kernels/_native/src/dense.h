@@ -92,6 +92,10 @@ void merge_chunks(const PsaDecodeArgs& a, int row, int kv_head, int chunks, cons
   s[PSA_PAGES_ATTENDED] = (float)num_pages(r, row);
   s[PSA_TOKENS_ATTENDED] = (float)r.seq_lens[row];
   s[PSA_ESTIMATED_COVERAGE] = 1;
+  if (uint8_t* attended = attended_of(a, row, kv_head)) {
+    std::memset(attended, 0, r.max_pages);
+    std::memset(attended, 1, num_pages(r, row));
+  }
 }
 
 }  // namespace psa

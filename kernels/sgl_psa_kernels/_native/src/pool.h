@@ -63,4 +63,10 @@ inline float* stats_of(const PsaDecodeArgs& a, int row, int kv_head) {
   return a.stats + ((int64_t)row * a.rows.num_kv_heads + kv_head) * PSA_NUM_STATS;
 }
 
+// Flags of the pages attended, [max_pages]; null if nobody asks.
+inline uint8_t* attended_of(const PsaDecodeArgs& a, int row, int kv_head) {
+  if (!a.attended) return nullptr;
+  return a.attended + ((int64_t)row * a.rows.num_kv_heads + kv_head) * a.rows.max_pages;
+}
+
 }  // namespace psa

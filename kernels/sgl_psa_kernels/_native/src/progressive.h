@@ -22,7 +22,8 @@ class Progressive {
         n_(num_pages(a.rows, row)),
         dim_(a.rows.head_dim),
         pitch_(padded(a.rows.page_size) + 4),
-        attend_page_(attend_page_for<T>(dim_)) {
+        attend_page_(attend_page_for<T>(dim_)),
+        attended_(attended_of(a, row, kv_head)) {
     scratch.reset(HeadState::bytes(group_, dim_) + Estimates::bytes(group_, n_) +
                   Scratch::need<float>((size_t)HEAD_BLOCK * pitch_) + Scratch::need<uint8_t>(n_) +
                   Scratch::need<uint64_t>(n_) + Scratch::need<int>(n_) +
@@ -43,6 +44,7 @@ class Progressive {
   }
 
   void run() {
+    if (attended_) std::memset(attended_, 0, a_.rows.max_pages);
     st_.start(pool_.q(head_), a_.rows.q_head_stride, group_, dim_, a_.rows.sm_scale);
     const int64_t at = (int64_t)row_ * a_.rows.num_qo_heads + head_ * group_;
     left_.copy_from(a_.log_mass + at * a_.rows.max_pages, a_.rows.max_pages);
@@ -64,6 +66,7 @@ class Progressive {
     const PageView<T> p = pool_.view(page, head_, fetch, head_);
     attend_page_(st_, group_, dim_, p, logits_, pitch_, want_mass ? mass_ : nullptr);
     left_.remove(page);
+    if (attended_) attended_[page] = 1;
     pages_done_++;
     tokens_done_ += p.tokens;
   }
@@ -122,13 +125,21 @@ class Progressive {
     return p < a_.sink_pages || p >= n_ - std::max(a_.recent_pages, 1) || stale_[p];
   }
 
+  // Pages of the next group; a prediction makes the first one larger.
+  int group_size() const {
+    if (rounds_ || !a_.first_pages) return a_.group_pages;
+    const int end = a_.first_pages[(int64_t)row_ * a_.rows.num_kv_heads + head_];
+    return std::max(a_.group_pages, std::min(end, n_) - pages_done_);
+  }
+
   void marginal(Ranking& order) {
     int next = 0;
     for (;;) {
       for (int g = 0; g < group_; g++) bar_[g] = st_.log_mass(g) + a_.threshold[row_];
+      const int size = group_size();
       int picked = 0;
       // The whole group is judged against the mass attended before it.
-      for (; next < order.size() && picked < a_.group_pages; next++) {
+      for (; next < order.size() && picked < size; next++) {
         const int page = order[next];
         bool worth = false;
         for (int g = 0; g < group_; g++) worth |= left_.head(g)[page] > bar_[g];
@@ -152,7 +163,7 @@ class Progressive {
         stop &= rest_[g].log_sum() + kappa_[g] <= st_.log_mass(g) + threshold;
       }
       if (stop || next == order.size()) break;
-      const int end = std::min(order.size(), next + a_.group_pages);
+      const int end = std::min(order.size(), next + group_size());
       if (a_.mode[row_] == PSA_COVERAGE)
         for (int g = 0; g < group_; g++) residuals_[g].clear();
       for (; next < end; next++) {
@@ -185,6 +196,7 @@ class Progressive {
   const RowPool<T> pool_;
   const int row_, head_, group_, n_, dim_, pitch_;
   const AttendPage<T> attend_page_;
+  uint8_t* const attended_;
   HeadState st_;
   Estimates left_;
   uint8_t* stale_;

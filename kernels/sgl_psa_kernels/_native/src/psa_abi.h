@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PSA_ABI_VERSION 2
+#define PSA_ABI_VERSION 3
 #define PSA_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -76,6 +76,8 @@ typedef struct {
   void *out;    /* [batch, num_qo_heads, head_dim] */
   float *lse;   /* [batch, num_qo_heads] */
   float *stats; /* [batch, num_kv_heads, PSA_NUM_STATS] */
+  const int32_t *first_pages; /* [batch, num_kv_heads] or NULL */
+  uint8_t *attended;          /* [batch, num_kv_heads, max_pages] or NULL */
 } PsaDecodeArgs;
 
 typedef struct {
