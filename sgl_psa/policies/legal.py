@@ -9,7 +9,7 @@ from sgl_psa.config import AUTO_SCORER, ConfigError
 from sgl_psa.policies.base import KNOBS, Policy
 
 #: Scorer of policies that run with any.
-DEFAULT_SCORER = "sketch"
+DEFAULT_SCORER = "two_level"
 
 
 def resolve_scorer(policy: Policy, scorer: str) -> str:

@@ -30,5 +30,5 @@ TOP_P = Policy(
     chosen_row,
     limit="coverage",
     select=select,
-    scorers=("sketch", "rotated_sketch", "two_level", "hybrid", "gaussian", "mean", "exact"),
+    scorers=("two_level", "rotated_sketch", "sketch", "hybrid", "gaussian", "mean", "exact"),
 )

@@ -56,17 +56,29 @@ class ExactScorer(Scorer):
         tokens = (batch.seq_lens[:, None] - place * page_size).clamp(0, page_size)
         usable = (tokens > 0) & (batch.active[:, None] != 0)
         table = torch.where(usable, batch.page_table.long(), 0)
-        offset = torch.arange(page_size, device=q.device)
-        parts = []
-        for start in range(0, table.shape[1], _CHUNK):
-            pages, used = table[:, start : start + _CHUNK], tokens[:, start : start + _CHUNK]
-            logits = torch.einsum("bhgd,bkphd->bhgkp", x, keys[pages].float())
-            dead = (offset >= used[..., None])[:, None, None]
-            estimate = logits.masked_fill(dead, float("-inf")).logsumexp(-1)
-            stale = (self.watermark[layer][pages] < used)[:, None, None]
-            unknown = stale | ~(estimate < float("inf"))
-            parts.append(estimate.masked_fill(unknown, float("inf")))
-        return torch.cat(parts, -1).flatten(1, 2)
+        # Rows that share a page (and see as many of its tokens) share the reading of it.
+        pairs, which = torch.unique(table * (page_size + 1) + tokens, return_inverse=True)
+        mass = [
+            self._masses(layer, keys, x, some // (page_size + 1), some % (page_size + 1))
+            for some in pairs.split(_CHUNK)
+        ]
+        each = which[:, None, None].expand(-1, *x.shape[1:3], -1)
+        return torch.cat(mass, -1).gather(-1, each).flatten(1, 2)
+
+    def _masses(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        x: torch.Tensor,
+        pages: torch.Tensor,
+        used: torch.Tensor,
+    ) -> torch.Tensor:
+        """float32 [B, Hkv, G, N]: of the first ``used`` [N] tokens of ``pages`` [N], any row."""
+        logits = torch.einsum("bhgd,kphd->bhgkp", x, keys[pages].float())
+        dead = torch.arange(self.shape.page_size, device=x.device) >= used[:, None]
+        estimate = logits.masked_fill(dead, float("-inf")).logsumexp(-1)
+        stale = self.watermark[layer][pages] < used
+        return estimate.masked_fill(stale | ~(estimate < float("inf")), float("inf"))
 
     def state_tensors(self) -> list[torch.Tensor]:
         return []

@@ -16,7 +16,7 @@ from sgl_psa.audit.report import row as report_row
 from sgl_psa.audit.settings import MODES, REQUESTED, settings
 from sgl_psa.backends import resolve_backend
 from sgl_psa.config import PSAConfig
-from sgl_psa.policies import POLICIES
+from sgl_psa.policies import POLICIES, legal
 from sgl_psa.scorers import SCORERS
 from sgl_psa.wrapper import PSADecodeWrapper
 from test.method.cache import PAGE, Cache, decode, dense, make_cache, make_wrapper
@@ -285,7 +285,7 @@ def test_captured_tensors_are_those_of_the_layers() -> None:
 def test_every_policy_can_be_audited(backend: str, policy: str) -> None:
     cache = make_cache([48 * PAGE], KV_HEADS, DIM, seed=21)
     q = queries(1, 22)
-    scorer = (*POLICIES[policy].scorers, "sketch")[0]
+    scorer = (*POLICIES[policy].scorers, legal.DEFAULT_SCORER)[0]
     config = dataclasses.replace(CONFIG, policy=policy, scorer=scorer, budget_pages=6)
     wrapper, _ = make_wrapper(cache, config, backend)
     decode(wrapper, cache, q, SCALE)

@@ -15,7 +15,7 @@ from sgl_psa.config import (
     StopName,
     fields,
 )
-from sgl_psa.policies import POLICIES
+from sgl_psa.policies import POLICIES, legal
 from sgl_psa.scorers import SCORERS
 from sgl_psa.stop import STOP_RULES
 
@@ -102,7 +102,7 @@ def test_every_field_has_help_and_a_default_of_its_kind() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_scorer_that_was_not_chosen_is_the_policys(policy: str) -> None:
-    default = (*POLICIES[policy].scorers, "sketch")[0]
+    default = (*POLICIES[policy].scorers, legal.DEFAULT_SCORER)[0]
     assert PSAConfig(policy=policy).scorer == default
     assert (
         PSAConfig.from_sources({"policy": policy, "scorer": "auto"}, environ={}).as_dict()["scorer"]

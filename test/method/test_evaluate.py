@@ -192,7 +192,7 @@ def test_the_report_tells_good_scores_from_bad() -> None:
         ("psa:marginal:0.3", "delta", 0.3),
         ("psa:coverage:0.9", "coverage", 0.9),
         ("psa:0.9:coverage:hybrid", "scorer", "hybrid"),
-        ("psa:marginal:0.1:sketch_bits=1", "sketch_bits", 1),
+        ("psa:marginal:sketch:0.1:sketch_bits=1", "sketch_bits", 1),
     ],
 )
 def test_specs_set_their_fields(text: str, field: str, value) -> None:

@@ -95,7 +95,7 @@ def test_a_budget_holds_for_its_policies(policy: str) -> None:
         ({"psa_policy": "top_p", "psa_stop": "marginal"}, r"psa_stop='marginal': no effect"),
         (
             {"psa_policy": "oracle_top_p"},
-            r"psa_policy='oracle_top_p': needs scorer exact, and this server runs sketch; .*"
+            r"psa_policy='oracle_top_p': needs scorer exact, and this server runs two_level; .*"
             r"--psa-scorer exact",
         ),
         ({"psa_policy": "oracle_marginal", "psa_delta": 0.1}, "needs scorer exact"),

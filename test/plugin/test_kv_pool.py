@@ -19,7 +19,7 @@ def write(pool, slots, layer=0):
     return kv
 
 
-@pytest.fixture(params=["sketch", "hybrid"])
+@pytest.fixture(params=["sketch", "two_level", "hybrid"])
 def pool(request):
     return make_pool(PSAConfig(backend="reference", scorer=request.param))
 

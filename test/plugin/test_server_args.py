@@ -73,7 +73,7 @@ def test_every_field_has_a_flag_that_reaches_the_config():
 
 
 def test_a_policy_brings_its_scorer_into_the_arguments():
-    assert parse(*PSA).psa_scorer == "sketch"
+    assert parse(*PSA).psa_scorer == PSAConfig().scorer
     assert parse(*PSA, "--psa-policy", "topk").psa_scorer == POLICIES["topk"].scorers[0]
     assert parse(*PSA, "--psa-policy", "topk", "--psa-scorer", "hybrid").psa_scorer == "hybrid"
 

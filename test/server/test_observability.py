@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sgl_psa.config import PSAConfig
 from test.server.compare import reads
 from test.server.conftest import PAGE
 from test.server.process import Server
@@ -14,6 +15,7 @@ from test.server.prompts import Prompts
 pytestmark = pytest.mark.server
 
 NEW = 9
+DEFAULT = PSAConfig()
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +28,16 @@ def shape(model: Path) -> tuple[int, int]:
 def test_meta_info(server: Server, prompts: Prompts, shape: tuple[int, int]) -> None:
     ids = prompts.recall(1000, seed=7000).ids
     rules = {
-        "default": ({}, ("psa", "marginal", 0.1)),
+        "default": ({}, ("psa", "marginal", DEFAULT.delta)),
         "coverage": ({"psa_coverage": 0.9}, ("psa", "coverage", 0.9)),
-        "dense": ({"psa_policy": "dense"}, ("dense", "marginal", 0.1)),
+        "dense": ({"psa_policy": "dense"}, ("dense", "marginal", DEFAULT.delta)),
     }
     seen = {}
     for name, (rule, (policy, stop, knob)) in rules.items():
         answer = server.generate(ids, max_new_tokens=NEW, ignore_eos=True, custom_params=rule)
         psa = seen[name] = reads(answer)
         assert (psa["policy"], psa["stop"], psa["knob"]) == (policy, stop, knob)
-        assert psa["scorer"] == "sketch"
+        assert psa["scorer"] == DEFAULT.scorer
         assert psa["decode_steps"] == NEW - 1
         assert 0 < psa["coverage"] <= 1
         assert psa["pages_fraction"] == psa["pages_attended"] / psa["pages_total"]

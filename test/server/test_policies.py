@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from sgl_psa.config import PSAConfig
+from sgl_psa.policies import legal
 from test.server.compare import reads
 from test.server.conftest import PAGE
 from test.server.process import Server
@@ -43,7 +45,7 @@ def check(answer: dict[str, Any], policy: str, tokens: int, heads: int) -> None:
     psa = reads(answer)
     knob, limit = ASKED[policy]
     assert (psa["policy"], psa["stop"]) == (policy, limit)
-    assert psa["knob"] in (knob.values() or [0.1])
+    assert psa["knob"] in (knob.values() or [PSAConfig().delta])
     assert psa["decode_steps"] == NEW - 1 and psa["stale_pages"] == 0
     pages = [-(-(tokens + step) // PAGE) for step in range(1, NEW)]
     assert psa["pages_total"] == heads * sum(pages)
@@ -96,5 +98,5 @@ def test_what_the_server_cannot_do_is_refused(
 
 
 def test_the_scorer_in_force_is_named(server: Server) -> None:
-    assert server.stats()["config"]["scorer"] == "sketch"
-    assert server.get("/server_info").json()["psa_scorer"] == "sketch"
+    assert server.stats()["config"]["scorer"] == legal.DEFAULT_SCORER
+    assert server.get("/server_info").json()["psa_scorer"] == legal.DEFAULT_SCORER
