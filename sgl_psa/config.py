@@ -91,7 +91,7 @@ class PSAConfig:
             description="Page mass that may be left unread, relative to the mass "
             "attended, under --psa-stop marginal; 0 = dense.",
         ),
-    ] = 0.1
+    ] = 0.05
     scorer: Annotated[
         Literal[ScorerName, "auto"],
         Meta(
@@ -168,7 +168,7 @@ class PSAConfig:
             description="Most pages of a request and KV head that the second level of two_level "
             "reads.",
         ),
-    ] = 64
+    ] = 128
 
     def __post_init__(self) -> None:
         for field in _FIELDS:

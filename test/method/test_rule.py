@@ -52,7 +52,7 @@ def test_namespaces_separate_settings_and_unite_dense_ones() -> None:
     def names(*params):
         return [RequestRule.parse(p, CONFIG).namespace(CONFIG) for p in params]
 
-    a, b, c = names({"psa_coverage": 0.9}, {"psa_coverage": 0.8}, {"psa_delta": 0.05})
+    a, b, c = names({"psa_coverage": 0.9}, {"psa_coverage": 0.8}, {"psa_delta": 0.2})
     assert len({a, b, c, None}) == 4
     dense = names({"psa_policy": "dense"}, {"psa_coverage": 1}, {"psa_delta": 0})
     assert len(set(dense)) == 1 and dense[0] not in (None, a, b, c)
@@ -113,7 +113,7 @@ def test_rows_hold_the_thresholds() -> None:
     table.set(2, RequestRule.parse({"psa_policy": "dense"}, config))
     rows = table.rows(torch.tensor([2, 1, 0]))
     assert rows.mode.tolist() == [DENSE, COVERAGE, MARGINAL]
-    assert rows.threshold[1:].tolist() == pytest.approx([math.log(1 / 3), math.log(0.1)])
+    assert rows.threshold[1:].tolist() == pytest.approx([math.log(1 / 3), math.log(config.delta)])
     assert rows.kappa_floor[1] == -math.inf and rows.kappa_std[1] == 2
     table.set(1, RequestRule.default(config))
     assert table.rows(torch.tensor([1])).mode.tolist() == [MARGINAL]
