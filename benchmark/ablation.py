@@ -8,8 +8,8 @@ at the same number of tokens where the page size changes (at least a page each):
 groups, candidates, budget; delta stays the mass of one page. Where query heads select apart, all
 that they read counts, scores and pages, against a dense pass that reads once for the group.
 ``exact`` counts no bytes for its scores. The scorer decides the order of the pages and, through the
-stop rule, their number; the rows of a fixed number of pages compare the order alone. A factor that this
-version does not have is named below the table.
+stop rule, their number; the rows of a fixed number of pages compare the order alone. A factor that
+this version does not have is named below the table.
 """
 
 from __future__ import annotations
@@ -154,11 +154,12 @@ def plot(name: str, rows: list[dict[str, Any]]) -> Path:
     left.legend(fontsize=8)
     left.invert_yaxis()
     middle.barh(labels, [100 * _accuracy_loss(row) for row in rows], color="tab:red")
-    middle.set_xlabel("accuracy lost against dense, points, mean over tasks")
+    middle.set_xlabel("accuracy lost to dense, points")
     right.barh(labels, [100 * _perplexity_growth(row) for row in rows], color="tab:purple")
     right.set_xlabel("perplexity above dense, %")
     for axes in (left, middle, right):
         axes.grid(True, axis="x", alpha=0.3)
+        axes.margins(y=0.01)
     figure.tight_layout()
     path = RESULTS / f"{name}.png"
     figure.savefig(path, dpi=110)
