@@ -38,9 +38,9 @@ POLICIES = (
 )
 #: label -> settings of scorers whose bytes are compared.
 SCORERS: dict[str, dict[str, Any]] = {
-    **{f"sketch, {b} bits": {"scorer": "sketch", "sketch_bits": b} for b in (2, 4)},
-    **{f"rotated, {b} bits": {"scorer": "rotated_sketch", "sketch_bits": b} for b in (1, 2)},
-    **{f"two levels, 1 + {b} bits": {"scorer": "two_level", "sketch_bits": b} for b in (2, 4)},
+    **{f"sketch, {b} bit": {"scorer": "sketch", "sketch_bits": b} for b in (2, 4)},
+    **{f"rotated, {b} bit": {"scorer": "rotated_sketch", "sketch_bits": b} for b in (1, 2)},
+    **{f"two levels, 1 + {b} bit": {"scorer": "two_level", "sketch_bits": b} for b in (2, 4)},
 }
 
 
