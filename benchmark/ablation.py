@@ -37,6 +37,7 @@ SCORERS = ("exact", "sketch", "rotated_sketch", "two_level", "hybrid", "box")
 BUDGET = 32
 #: Parts that can be switched: the factor's name -> its field.
 SWITCHES = {"tail compensation": "compensate", "budget prediction": "predict"}
+PRIOR = "budget_prior"
 _COUNT_PAGES = ("sink_pages", "recent_pages", "group_pages", "candidate_pages", "budget_pages")
 
 
@@ -56,8 +57,12 @@ class Missing(NamedTuple):
     reason: str
 
 
-def table(base: PSAConfig) -> list[Entry | Missing]:
-    """Every row: dense, the base, then one factor changed at a time."""
+def table(base: PSAConfig, prior: str = "") -> list[Entry | Missing]:
+    """Every row: dense, the base, then one factor changed at a time.
+
+    Args:
+        prior: file for the setting ``budget_prior``; empty: no row with it.
+    """
     rows: list[Entry | Missing] = [
         Entry("dense", "", DENSE_CASE),
         Entry("base", "", Case(spec_of(base))),
@@ -71,6 +76,11 @@ def table(base: PSAConfig) -> list[Entry | Missing]:
     for factor, name in SWITCHES.items():
         if name not in known:
             rows.append(Missing(factor, "", f"no setting {name!r} in this version"))
+    if prior and PRIOR in known:
+        spec = spec_of(changed(base, predict=True, **{PRIOR: prior}))
+        rows.append(Entry("budget prediction", "on, from a prior", Case(spec)))
+    elif PRIOR in known:
+        rows.append(Missing("budget prediction", "on, from a prior", "--prior was not given"))
     for size in PAGE_SIZES:
         spec = spec_of(changed(base, **same_tokens(base, size)))
         rows.append(Entry("page size", str(size), Case(spec, page_size=size)))
@@ -189,13 +199,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = options((__doc__ or "").splitlines()[0], "ablation")
     parser.add_argument("--base", default="psa:marginal:two_level:0.03", help="a policy spec")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a prompt")
+    parser.add_argument(
+        "--prior", default="", help="file of python -m sgl_psa.calibrate, for budget prediction"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     asked = parse(arguments)
     base = policy_spec.parse(asked.base).config
-    lines = table(base)
+    lines = table(base, asked.prior)
     entries = [line for line in lines if isinstance(line, Entry)]
     missing = [line for line in lines if isinstance(line, Missing)]
     runs = PolicyRuns(asked)

@@ -249,9 +249,11 @@ class PagedModel:
         """
         work = self._pass
         assert work is not None
+        if self.repeats > 1:
+            k, v = (x.repeat_interleave(self.repeats, 1) for x in (k, v))
         if isinstance(work, _Prefill):
-            self.k[layer][work.slots] = self._repeated(k)[0].transpose(0, 1)
-            self.v[layer][work.slots] = self._repeated(v)[0].transpose(0, 1)
+            self.k[layer][work.slots] = k[0].transpose(0, 1)
+            self.v[layer][work.slots] = v[0].transpose(0, 1)
             for group in self.groups:
                 group.scorer.on_write(layer, work.slots, self.k[layer])
             shared = q.shape[1] != k.shape[1]
@@ -259,17 +261,13 @@ class PagedModel:
                 q, k, v, is_causal=True, scale=scale, enable_gqa=shared
             )
             return out.transpose(1, 2)
-        self.k[layer][work.slots] = self._repeated(k)[:, :, 0]
-        self.v[layer][work.slots] = self._repeated(v)[:, :, 0]
+        self.k[layer][work.slots] = k[:, :, 0]
+        self.v[layer][work.slots] = v[:, :, 0]
         work.group.scorer.on_write(layer, work.slots, self.k[layer])
         wrapper = work.group.wrapper
         out, _ = wrapper.run(layer, q[:, :, 0].contiguous(), self.k[layer], self.v[layer], scale)
         work.columns[layer] = wrapper.columns(layer)
         return out[:, None]
-
-    def _repeated(self, x: torch.Tensor) -> torch.Tensor:
-        """K or V [B, Hkv, S, D] as [B, heads, S, D]."""
-        return x if self.repeats == 1 else x.repeat_interleave(self.repeats, 1)
 
 
 def refuse_unfit(config: Any) -> None:

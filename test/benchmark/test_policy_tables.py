@@ -122,7 +122,7 @@ def test_cases_are_measured_once(asked, monkeypatch) -> None:
 def test_the_scripts_write_their_files(asked, tmp_path, monkeypatch, capsys) -> None:
     kept = [row for row in ablation.table(BASE) if row.factor in ("dense", "base")]
     gap = ablation.Missing("dreams", "", "none")
-    monkeypatch.setattr(ablation, "table", lambda base: [*kept, gap])
+    monkeypatch.setattr(ablation, "table", lambda base, prior: [*kept, gap])
     shared = ["--tasks", asked.tasks, "--queries", "2", "--rows", str(asked.rows)]
     ablation.main([*shared, "--length", str(LENGTH)])
     policy = "psa:marginal:two_level:0.03"
