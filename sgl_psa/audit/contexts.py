@@ -1,27 +1,17 @@
-"""Contexts in the line language of the recall model: filler text, set lines, questions."""
+"""Contexts of an exact length in the line language of the embedded model, from the evaluation's
+material: set lines in filler text, then questions with their answers."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-#: Words of keys.
-WORDS = """
-amber anchor apple basket beacon bottle bridge bronze button candle canyon carpet castle cedar
-cherry circle clover copper corner cotton cradle dragon eagle ember falcon feather fiddle flower
-forest garden ginger glacier hammer harbor hazel island ivory jacket kettle ladder lantern lemon
-marble meadow mirror needle ocean orchid paper pebble pepper piano pillow planet pocket prairie
-rabbit ribbon river saddle saffron shadow silver spider summer teapot temple thunder timber tunnel
-valley velvet violet walnut willow window winter yellow zephyr
-"""
-#: Parts of a filler sentence, one part a line, choices divided by bars.
-SENTENCE = """
-The parser|A request|The scheduler|This function|Each module|The server|A worker|The caller
-reads|returns|stores|checks|ignores|writes|replaces|waits for|compares|splits
-the first argument|a list of names|the open file|an empty string|the next record|its own buffer
-before the call returns.|when the value is missing.|in the order given.|unless the flag is set.
-"""
+from sgl_psa.evaluate.material import RECALL, ContextTooShort, Material
+from sgl_psa.evaluate.tasks.needles import set_lines
+
+_SHARE = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -35,34 +25,34 @@ class Context:
 def make_context(tokenizer: Any, length: int, tail: int, seed: int) -> Context:
     """A context of ``length`` tokens that ends in ``tail`` tokens of questions and answers.
 
-    A third of the body is set lines (``# key value``), the rest ordinary sentences; the questions
-    (``? key value``) ask for set lines drawn at random.
+    A third of the body is set lines (``# key value``), the rest held-out text; the questions
+    (``? key value``) ask for set lines drawn at random. A model that does not know the line
+    language still has repeated lines to attend to.
 
     Args:
-        tokenizer: called with a text, has ``input_ids``; the first id may be a start mark.
+        tokenizer: of transformers; a start mark that it adds comes first.
+
+    Raises:
+        ContextTooShort: no set line fits into the body.
     """
     rng = random.Random(seed)
-    words = WORDS.split()
-    parts = [line.split("|") for line in SENTENCE.strip().splitlines()]
-    lines: dict[str, str] = {}
-    body = list(tokenizer("\n").input_ids)
-
-    def add(ids: list[int], text: str) -> list[int]:
-        return ids + list(tokenizer(text, add_special_tokens=False).input_ids)
-
-    while len(body) < length - tail:
-        if rng.random() < 0.5:
-            key = " ".join(rng.sample(words, 2))
-            value = f"{rng.randrange(1000):03d}{rng.randrange(1000):03d}"
-            if key in lines:
-                continue
-            lines[key] = value
-            body = add(body, f"# {key}{value}\n")
-        else:
-            body = add(body, " ".join(rng.choice(part) for part in parts) + "\n")
-    body = body[: length - tail]
-    questions: list[int] = add([], "\n")
+    material = _material(tokenizer)
+    *start, newline = tokenizer("\n").input_ids
+    room = length - tail - len(start) - 1
+    pairs, lines = set_lines(material, rng, int(room * _SHARE))
+    if not pairs:
+        raise ContextTooShort(f"{length} tokens, {tail} of them questions: ask for a longer length")
+    woven = material.encode(material.weave(lines, room, rng))
+    # What no line of filler was short enough for is a piece of text before the first line.
+    body = [*start, *material.text_ids[: room - len(woven)], newline, *woven]
+    questions = list[int]()
     while len(questions) < tail:
-        key = rng.choice(list(lines))
-        questions = add(questions, f"? {key}{lines[key]}\n")
+        key, value = rng.choice(pairs)
+        questions += material.encode(f"? {key}{value}\n")
     return Context(body + questions[:tail], len(body))
+
+
+@lru_cache(maxsize=2)
+def _material(tokenizer: Any) -> Material:
+    """Words and counted lines are the same for every context of a tokenizer."""
+    return Material(tokenizer, RECALL)

@@ -12,7 +12,7 @@ import torch
 from sgl_psa.evaluate.example import Example, TextExample
 from sgl_psa.evaluate.feeder import Answering, Forced
 from sgl_psa.evaluate.measurement import Measurement, Progress, questions
-from sgl_psa.evaluate.paged_model import PagedModel, Row
+from sgl_psa.evaluate.paged_model import PAGE_SIZE, PagedModel, Row
 from sgl_psa.evaluate.policy_spec import PolicySpec
 from sgl_psa.evaluate.prompt import Prompt
 from sgl_psa.evaluate.tasks import Task
@@ -20,7 +20,6 @@ from sgl_psa.stats import ReadCounts
 
 _SUMS = (
     "bytes_read",
-    "bytes_dense",
     "pages_attended",
     "pages_total",
     "visits",
@@ -41,6 +40,8 @@ class InProcess:
         folder: Path,
         chat: bool,
         batch: int = 64,
+        page_size: int = PAGE_SIZE,
+        share_heads: bool = True,
     ) -> None:
         """
         Args:
@@ -49,11 +50,18 @@ class InProcess:
             folder: where it came from, if it is a folder: its content is told apart.
             chat: use the tokenizer's chat template.
             batch: most rows decoded together.
+            page_size, share_heads: as of :class:`PagedModel`; results tell other than the
+                defaults apart.
         """
         self.model = model.eval()
         self.prompt = Prompt(tokenizer, chat)
         self.batch = batch
-        self.identity = {"model": name, "fingerprint": fingerprint(folder), "runner": "in process"}
+        self.page_size = page_size
+        self.share_heads = share_heads
+        kind = "in process"
+        kind += "" if page_size == PAGE_SIZE else f", pages of {page_size}"
+        kind += "" if share_heads else ", query heads apart"
+        self.identity = {"model": name, "fingerprint": fingerprint(folder), "runner": kind}
         self._eos = _eos_ids(model, tokenizer)
 
     def refuses(self, task: Task, spec: PolicySpec) -> str | None:
@@ -76,6 +84,8 @@ class InProcess:
             max_context=max(map(len, contexts)),
             max_rows=self.batch,
             max_tail=longest,
+            page_size=self.page_size,
+            share_heads=self.share_heads,
         )
         results = [Measurement() for _ in specs]
         for example, ids in zip(examples, contexts, strict=True):
@@ -92,7 +102,7 @@ class InProcess:
                     some = jobs[first : first + self.batch]
                     paged.decode(group, [row for _, row in some])
                     for result, row in some:
-                        progress(_add(result, row))
+                        progress(_add(result, row, paged.repeats))
             for result in results:
                 result.queries += questions(example)
         return results
@@ -114,13 +124,18 @@ class InProcess:
                 yield Answering(self.prompt, query, self._eos), length
 
 
-def _add(result: Measurement, row: Row) -> int:
-    """Add a finished row; the number of questions that it answered."""
+def _add(result: Measurement, row: Row, repeats: int) -> int:
+    """Add a finished row; the number of questions that it answered.
+
+    Dense attention reads once for the ``repeats`` heads that select apart.
+    """
     feeder = row.feeder
     assert isinstance(row.counts, torch.Tensor)
     sums = ReadCounts(*row.counts.sum(0).tolist())  # type: ignore[arg-type]
     result.reads.add(
         estimates=sums.estimates,
+        bytes_attended=row.bytes_attended,
+        bytes_dense=sums.bytes_dense / repeats,
         **{name: float(getattr(sums, name)) for name in _SUMS},
     )
     result.heads = row.heads + result.heads

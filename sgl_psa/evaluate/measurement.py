@@ -19,10 +19,14 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Reads:
-    """Sums over decode steps, layers and KV heads; ``estimates`` terms have a known coverage."""
+    """Sums over decode steps, layers and KV heads; ``estimates`` terms have a known coverage.
+
+    ``bytes_attended`` are those of ``bytes_read`` that are K and V of attended pages; 0: not known.
+    """
 
     bytes_read: float = 0.0
     bytes_dense: float = 0.0
+    bytes_attended: float = 0.0
     pages_attended: float = 0.0
     pages_total: float = 0.0
     visits: float = 0.0
@@ -36,10 +40,18 @@ class Reads:
             setattr(self, name, getattr(self, name) + value)
 
     def fractions(self) -> dict[str, float | None]:
-        """The columns of a result row; ``None`` where no decode step ran."""
+        """The columns of a result row; ``None`` where no decode step ran or it is not known.
+
+        ``scored_fraction`` is the part of ``bytes_fraction`` that was read to score pages,
+        ``head_bytes`` the bytes read by a decode step in a layer and KV head.
+        """
+        known = self.bytes_attended > 0
+        scored = self.bytes_read - self.bytes_attended
         return {
             "bytes_fraction": _ratio(self.bytes_read, self.bytes_dense),
             "pages_fraction": _ratio(self.pages_attended, self.pages_total),
+            "scored_fraction": _ratio(scored, self.bytes_dense) if known else None,
+            "head_bytes": _ratio(self.bytes_read, self.visits) if known else None,
             "rounds": _ratio(self.rounds, self.visits),
             "coverage": _ratio(self.coverage, self.estimates),
         }

@@ -21,10 +21,11 @@ from sgl_psa.evaluate.feeder import Feeder
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
 from sgl_psa.scorers import CacheShape, make_scorer
-from sgl_psa.stats import PAGES, ROUNDS
+from sgl_psa.stats import PAGES, ROUNDS, TOKENS
 from sgl_psa.wrapper import PSADecodeWrapper
 
 ATTENTION_NAME = "sgl_psa_evaluate"
+#: Tokens of a page unless a model asks for others.
 PAGE_SIZE = 16
 
 _active: ContextVar[PagedModel] = ContextVar("paged model")
@@ -37,9 +38,11 @@ class Row:
     Attributes:
         prefix: tokens of the prefilled context that the row continues.
         counts: float64 [L, fields of ReadCounts], sums over the row's steps.
-        heads: float64 [L, Hkv, 2], pages attended and rounds, sums over the row's steps.
+        heads: float64 [L, H, 2], pages attended and rounds, sums over the row's steps; H heads
+            select pages (``PagedModel.heads``).
+        bytes_attended: of K and V, without those read to score; sum over steps, layers and heads.
         steps: decode steps.
-        pages: pages that dense attention would have read, per layer and KV head.
+        pages: pages that dense attention would have read, per layer and head.
     """
 
     feeder: Feeder
@@ -47,6 +50,7 @@ class Row:
     prefix: int
     counts: torch.Tensor | float = 0.0
     heads: torch.Tensor | float = 0.0
+    bytes_attended: float = 0.0
     steps: int = 0
     pages: int = 0
 
@@ -80,7 +84,13 @@ class _Step:
 
 
 class PagedModel:
-    """See the module. ``decode`` may be called any number of times after ``prefill``."""
+    """See the module. ``decode`` may be called any number of times after ``prefill``.
+
+    Attributes:
+        heads: heads that select pages, each with K and V of its own.
+        repeats: query heads that read the same K and V but select apart: 1, or the group size of
+            the model if ``share_heads`` is false. Dense attention reads for all of them once.
+    """
 
     def __init__(
         self,
@@ -90,6 +100,8 @@ class PagedModel:
         max_context: int,
         max_rows: int,
         max_tail: int,
+        page_size: int = PAGE_SIZE,
+        share_heads: bool = True,
     ) -> None:
         """
         Args:
@@ -98,6 +110,9 @@ class PagedModel:
             max_context: most tokens that ``prefill`` takes.
             max_rows: most rows of a ``decode``.
             max_tail: most tokens that a row is fed.
+            page_size: tokens of a page.
+            share_heads: the query heads of a KV head attend the same pages, as a server has it;
+                if not, K and V are repeated, so that every query head selects for itself.
 
         Raises:
             ValueError: the model's attention is not what PSA serves.
@@ -106,16 +121,18 @@ class PagedModel:
         self.model = model
         text = model.config.get_text_config()
         self.num_layers = text.num_hidden_layers
-        kv_heads = text.num_key_value_heads
+        self.repeats = 1 if share_heads else text.num_attention_heads // text.num_key_value_heads
+        self.heads = text.num_key_value_heads * self.repeats
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         parameter = next(model.parameters())
         self.device = parameter.device
         self.max_rows = max_rows
-        self._tail_pages = -(-max_tail // PAGE_SIZE) + 1
-        self._context_pages = -(-max_context // PAGE_SIZE)
+        self.page_size = page_size
+        self._tail_pages = -(-max_tail // page_size) + 1
+        self._context_pages = -(-max_context // page_size)
         num_pages = 1 + self._context_pages + max_rows * self._tail_pages
-        shape = CacheShape(self.num_layers, num_pages, PAGE_SIZE, kv_heads, head_dim, self.device)
-        size = (self.num_layers, num_pages * PAGE_SIZE, kv_heads, head_dim)
+        shape = CacheShape(self.num_layers, num_pages, page_size, self.heads, head_dim, self.device)
+        size = (self.num_layers, num_pages * page_size, self.heads, head_dim)
         self.k = torch.zeros(size, dtype=parameter.dtype, device=self.device)
         self.v = torch.zeros_like(self.k)
         self.groups = [
@@ -123,7 +140,7 @@ class PagedModel:
         ]
         self._req_to_token = torch.zeros(
             max_rows,
-            (self._context_pages + self._tail_pages) * PAGE_SIZE,
+            (self._context_pages + self._tail_pages) * page_size,
             dtype=torch.int32,
             device=self.device,
         )
@@ -139,12 +156,12 @@ class PagedModel:
         Raises:
             ValueError: more tokens than the pool was made for.
         """
-        if len(ids) > self._context_pages * PAGE_SIZE:
+        if len(ids) > self._context_pages * self.page_size:
             raise ValueError(
-                f"{len(ids)} tokens do not fit into {self._context_pages} pages of {PAGE_SIZE}"
+                f"{len(ids)} tokens do not fit into {self._context_pages} pages of {self.page_size}"
             )
         self._length = len(ids)
-        slots = PAGE_SIZE + torch.arange(len(ids), device=self.device)
+        slots = self.page_size + torch.arange(len(ids), device=self.device)
         positions = torch.arange(len(ids), device=self.device)
         self._forward(torch.tensor([ids], device=self.device), positions[None], _Prefill(slots))
 
@@ -171,12 +188,14 @@ class PagedModel:
         logits = self._forward(tokens[:, None], positions[:, None], step)
         columns = torch.stack([step.columns[i] for i in range(self.num_layers)])
         heads = columns[..., [PAGES, ROUNDS]].double()
+        attended = (columns[..., TOKENS].double().sum((0, 2)) * group.wrapper.cost.token).tolist()
         statistics = group.wrapper.finish()
         assert statistics is not None
         for i, (_, row, _) in enumerate(live):
             row.counts = statistics.table[:, i] + row.counts
             row.heads = heads[:, i] + row.heads
-            row.pages += (row.prefix + row.steps) // PAGE_SIZE + 1
+            row.bytes_attended += attended[i]
+            row.pages += (row.prefix + row.steps) // self.page_size + 1
             row.steps += 1
             row.feeder.take(logits[i, -1])
 
@@ -201,12 +220,12 @@ class PagedModel:
         for slot, row in enumerate(rows):
             if not 0 < row.prefix <= self._length:
                 raise ValueError(f"a row continues {row.prefix} of {self._length} tokens")
-            if row.feeder.longest() > (self._tail_pages - 1) * PAGE_SIZE:
+            if row.feeder.longest() > (self._tail_pages - 1) * self.page_size:
                 raise ValueError(f"a row is fed {row.feeder.longest()} tokens: raise max_tail")
-            shared = row.prefix // PAGE_SIZE * PAGE_SIZE
-            first = (1 + self._context_pages + slot * self._tail_pages) * PAGE_SIZE
-            own = first + torch.arange(self._tail_pages * PAGE_SIZE, device=self.device)
-            context = PAGE_SIZE + torch.arange(row.prefix, device=self.device)
+            shared = row.prefix // self.page_size * self.page_size
+            first = (1 + self._context_pages + slot * self._tail_pages) * self.page_size
+            own = first + torch.arange(self._tail_pages * self.page_size, device=self.device)
+            context = self.page_size + torch.arange(row.prefix, device=self.device)
             self._req_to_token[slot, :shared] = context[:shared].int()
             self._req_to_token[slot, shared : shared + len(own)] = own.int()
             sources.append(context[shared:])
@@ -230,6 +249,8 @@ class PagedModel:
         """
         work = self._pass
         assert work is not None
+        if self.repeats > 1:
+            k, v = (x.repeat_interleave(self.repeats, 1) for x in (k, v))
         if isinstance(work, _Prefill):
             self.k[layer][work.slots] = k[0].transpose(0, 1)
             self.v[layer][work.slots] = v[0].transpose(0, 1)

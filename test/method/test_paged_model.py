@@ -1,0 +1,93 @@
+"""Page sizes, heads that select apart, and the split of bytes read."""
+
+import pytest
+import torch
+
+from sgl_psa.evaluate import cli, policy_spec
+from sgl_psa.evaluate.feeder import Forced
+from sgl_psa.evaluate.in_process import InProcess, load_model
+from sgl_psa.evaluate.material import RECALL, Material
+from sgl_psa.evaluate.measurement import Measurement, Reads
+from sgl_psa.evaluate.paged_model import PagedModel, Row
+from sgl_psa.evaluate.tasks import TASKS
+
+LENGTH = 1300
+GROUP = 2  # query heads of a KV head of the embedded model
+HEAD_DIM = 128
+SPANS = [(700, 720), (1001, 1033), (1100, 1101)]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model(str(cli.EMBEDDED), "float32", "cpu")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("settings", [{"page_size": 8}, {"page_size": 64}, {"share_heads": False}])
+def test_dense_is_the_model_itself(loaded, settings) -> None:
+    """Spans that begin in the middle of pages have the losses of one full forward pass."""
+    model, tokenizer = loaded
+    example = TASKS["text"].build(Material(tokenizer, RECALL), LENGTH, "loss")
+    model.set_attn_implementation("sdpa")
+    logits = torch.log_softmax(model(torch.tensor([example.ids])).logits[0].float(), -1)
+    spec = policy_spec.parse("dense")
+    paged = PagedModel(
+        model, [spec.config], max_context=LENGTH, max_rows=3, max_tail=32, **settings
+    )
+    paged.prefill(example.ids)
+    rows = [Row(Forced(example.ids[a:b], example.ids[a - 1]), spec.rule(), a - 1) for a, b in SPANS]
+    paged.decode(paged.groups[0], rows)
+    for row, (start, stop) in zip(rows, SPANS, strict=True):
+        exact = [-logits[i - 1, example.ids[i]].item() for i in range(start, stop)]
+        assert row.feeder.losses == pytest.approx(exact, abs=2e-4)
+
+
+def measured(loaded, specs: list[str], **settings) -> list[Measurement]:
+    model, tokenizer = loaded
+    runner = InProcess(
+        model, tokenizer, name="embedded", folder=cli.EMBEDDED, chat=False, **settings
+    )
+    example = TASKS["multi_key"].build(Material(tokenizer, RECALL), LENGTH, "heads")
+    return runner.measure([example], [policy_spec.parse(s) for s in specs], lambda n: None)
+
+
+def test_heads_apart_attend_fewer_pages_and_read_more_than_shared_dense(loaded) -> None:
+    dense, apart = measured(loaded, ["dense", "psa:marginal:exact:0.1"], share_heads=False)
+    (shared,) = measured(loaded, ["psa:marginal:exact:0.1"])
+    assert dense.reads.fractions()["bytes_fraction"] == GROUP
+    assert dense.reads.fractions()["pages_fraction"] == 1
+    assert apart.heads.shape[1] == GROUP * shared.heads.shape[1]
+    pages = apart.reads.fractions()["pages_fraction"]
+    assert pages < shared.reads.fractions()["pages_fraction"]
+    # The open page is always attended and not full.
+    assert 0.85 * GROUP * pages < apart.reads.fractions()["bytes_fraction"] < GROUP * pages
+    assert apart.reads.bytes_dense == pytest.approx(shared.reads.bytes_dense, rel=0.05)
+
+
+def test_bytes_are_split_into_scores_and_pages(loaded) -> None:
+    exact, sketch = measured(loaded, ["psa:marginal:exact:0.1", "psa:marginal:sketch:0.1"])
+    assert exact.reads.fractions()["scored_fraction"] == 0
+    found = sketch.reads.fractions()
+    key_bytes = HEAD_DIM * 2 // 8 + 2 * 2  # codes and two float16
+    # Sink and recent pages are not scored.
+    assert found["scored_fraction"] == pytest.approx(key_bytes / (8 * HEAD_DIM), rel=0.05)
+    assert found["head_bytes"] == pytest.approx(
+        found["bytes_fraction"] * sketch.reads.bytes_dense / sketch.reads.visits, rel=1e-4
+    )
+
+
+def test_a_server_cannot_tell_the_split() -> None:
+    reads = Reads(bytes_read=1.0, bytes_dense=2.0, visits=1.0)
+    assert reads.fractions()["scored_fraction"] is None
+    assert reads.fractions()["head_bytes"] is None
+
+
+def test_results_tell_models_apart(loaded) -> None:
+    model, tokenizer = loaded
+    kinds = {
+        InProcess(
+            model, tokenizer, name="embedded", folder=cli.EMBEDDED, chat=False, **settings
+        ).identity["runner"]
+        for settings in ({}, {"page_size": 16}, {"page_size": 8}, {"share_heads": False})
+    }
+    assert len(kinds) == 3 and "in process" in kinds
