@@ -61,6 +61,7 @@ def make_row(
         "knob_name": spec.knob_name,
         **fractions,
         **identity,
+        "grades": [round(grade, 4) for grade in measured.grades],
         **measured.by_head(),
     }
 

@@ -10,6 +10,7 @@ from sgl_psa.config import ConfigError, PSAConfig
 from sgl_psa.evaluate import cli, policy_spec, report
 from sgl_psa.evaluate.feeder import Answering, Forced
 from sgl_psa.evaluate.in_process import InProcess, load_model
+from sgl_psa.evaluate.interval import paired_difference
 from sgl_psa.evaluate.material import RECALL, Material
 from sgl_psa.evaluate.measurement import Measurement
 from sgl_psa.evaluate.paged_model import PagedModel, Row, refuse_unfit
@@ -174,9 +175,53 @@ def test_the_report_is_one_file_with_every_policy(finished) -> None:
     for row in rows:
         assert row["spec"] in page and row["curve"] in page
     assert page.count("<svg") >= 4
+    assert page.count("<svg") == page.count('role="img" aria-label=')
+    names = re.findall(r'<[a-z]+[^>]* id="([^"]+)"', page)
+    assert len(names) == len(set(names))
     references = re.findall(r"(?:src|href)=\"([^\"]*)\"", page)
     assert all(r.startswith(("#", "data:image/png;base64,")) for r in references)
     assert "<script" not in page
+
+
+def test_the_report_tells_the_difference_to_dense(finished, tmp_path) -> None:
+    _, rows = finished
+    rows = [dict(row) for row in rows if row["task"] == "single"]
+    assert all(len(row["grades"]) == 3 for row in rows)
+    assert rows[1]["spec"] == SPECS[0] and rows[0]["policy"] == "dense"
+    rows[1]["grades"] = [0.0, *rows[0]["grades"][1:]]
+    page = report.write(rows, tmp_path).read_text()
+    (line,) = re.findall(rf'<tr><th scope="row">{SPECS[0]}</th>.*', page)
+    assert "-33.3 <small>" in line
+    del rows[0]["grades"]
+    assert "<small>-" not in report.write(rows, tmp_path).read_text()
+
+
+def test_the_report_shows_the_audit_beside_it(finished, tmp_path) -> None:
+    _, rows = finished
+    row = {"stop": "coverage", "mode": "plain", "scorer": "sketch", "requested": 0.9}
+    row |= {"achieved_mean": 0.87, "achieved_p05": 0.71, "violation_rate": 0.125, "rows": 960}
+    audit = [row, {**row, "scorer": "hybrid"}, {**row, "stop": "marginal", "requested": None}]
+    without = report.write(rows, tmp_path).read_text()
+    (tmp_path / "audit.json").write_text(json.dumps(audit))
+    page = report.write(rows, tmp_path).read_text()
+    assert page.count("<svg") == without.count("<svg") + 3
+    for scorer in ("sketch", "hybrid"):
+        assert f"scorer {scorer}: coverage achieved against requested" in page
+        assert f'<th scope="row">{scorer}, plain</th>' in page
+    assert page.count("12.5 %") == 2 and page.count('<td class="loss">0.8700</td>') == 2
+
+
+def test_paired_intervals() -> None:
+    """Worked by hand after Bonett and Price: one loss and no gain of ten."""
+    mean, low, high = paired_difference([1.0] * 9 + [0.0], [1.0] * 10)
+    assert mean == pytest.approx(-0.1)
+    centre, spread = -1 / 12, 3 / 12 - 1 / 144
+    half = 1.959964 * (spread / 12) ** 0.5
+    assert (low, high) == pytest.approx((centre - half, centre + half))
+    _, low, high = paired_difference([1.0] * 4, [1.0] * 4)
+    assert low < 0 < high and -low == high
+    with pytest.raises(ValueError, match="cannot be paired"):
+        paired_difference([1.0], [1.0, 0.0])
 
 
 def test_the_report_tells_good_scores_from_bad() -> None:
