@@ -108,8 +108,9 @@ def _parse_flag(field: ConfigField, text: str) -> Any:
 def _flag(field: ConfigField) -> Any:
     """The annotation that makes SGLang generate the flag of ``field``."""
     choices = f" Choices: {', '.join(map(str, field.choices))}." if field.choices else ""
+    default = "none" if field.default == "" else field.default
     arg = Arg(
-        help=f"PSA: {field.help}{choices} Default: {field.default}.",
+        help=f"PSA: {field.help}{choices} Default: {default}.",
         type_parser=functools.partial(_parse_flag, field),
         # A boolean flag may stand alone, or carry a value as YAML files give it.
         nargs="?" if field.kind is bool else None,
