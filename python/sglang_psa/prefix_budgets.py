@@ -106,6 +106,19 @@ def split(new_node: Any, tree: Any, key: Any, child: Any, *args: Any, **kwargs: 
         setattr(new_node, NODE, learnt)
 
 
+def check_prior(config: PSAConfig, model_config: Any) -> None:
+    """Refuse a prior at start-up, before the model is loaded.
+
+    Raises:
+        PriorError: it cannot be read, or is of a model of another shape.
+    """
+    if config.budget_prior:
+        from sgl_psa.budget import BudgetPrior
+
+        heads = model_config.get_total_num_kv_heads()
+        BudgetPrior.load(Path(config.budget_prior), model_config.num_hidden_layers, heads)
+
+
 def load_prior(config: PSAConfig, pool: Any, runner: Any) -> BudgetPrior | None:
     """The server's prior, of this rank's KV heads; warns if it was made with other settings.
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sgl_psa.config import ConfigError, ConfigField, PSAConfig, check_value, fields
-from sglang_psa import compat, defaults, hooks, model_folder, refusals, state
+from sglang_psa import compat, defaults, hooks, model_folder, prefix_budgets, refusals, state
 from sglang_psa.compat import A, Arg, ServerArgs
 
 PREFIX = "psa_"
@@ -77,7 +77,9 @@ class PSAServerArgs(ServerArgs):
 
     def _refuse_illegal(self) -> None:
         try:
-            refusals.check(self, self.get_model_config())
+            model = self.get_model_config()
+            refusals.check(self, model)
+            prefix_budgets.check_prior(psa_config(self), model)
         except ValueError as error:
             raise StartUpError(str(error)) from None
 
