@@ -19,6 +19,7 @@ from sgl_psa.audit.replay import Replay
 from sgl_psa.audit.settings import Setting
 from sgl_psa.budget import BudgetPrior, BudgetState, log_quantile
 from sgl_psa.config import PSAConfig
+from sgl_psa.prediction import least_pages, prior_settings
 
 
 def needed_pages(replay: Replay, setting: Setting) -> torch.Tensor:
@@ -28,24 +29,28 @@ def needed_pages(replay: Replay, setting: Setting) -> torch.Tensor:
     return pages.unflatten(0, (replay.steps, -1))
 
 
-def one_round(needed: torch.Tensor, pages: int, prior: BudgetPrior, rho: float) -> dict[str, float]:
+def one_round(
+    needed: torch.Tensor, pages: int, prior: BudgetPrior, rho: float, least: int = 1
+) -> dict[str, float]:
     """How the prediction does on n* [steps, L, B, Hkv] of contexts of ``pages`` pages.
+
+    Args:
+        least: pages that the first round reads whatever is predicted.
 
     Returns:
         cold, warm: share of (layer, context, KV head) whose prediction sufficed at the first step,
         and over the second half of the steps; excess: predicted over needed pages, then.
     """
     steps, layers, batch, heads = needed.shape
-    state = BudgetState(batch, layers, heads, rho=rho)
+    state = BudgetState(batch, layers, heads, rho=rho, least=least)
     slots, count = torch.arange(batch), torch.full((batch,), pages)
-    state.start(slots, count, prior)
+    state.start(slots, torch.zeros(batch, dtype=torch.int64), count, prior)
     enough, predicted = torch.zeros(steps), torch.zeros(steps)
     for step in range(steps):
-        for layer in range(layers):
-            guess = state.predict(slots, layer, count)
-            enough[step] += (guess >= needed[step, layer]).float().mean() / layers
-            predicted[step] += guess.sum()
-            state.update(slots, layer, needed[step, layer], torch.ones(batch, dtype=torch.bool))
+        guess = state.predict(slots, count)
+        short = needed[step] > guess
+        enough[step], predicted[step] = 1 - short.float().mean(), guess.sum()
+        state.update(slots, short, torch.ones(batch, dtype=torch.bool))
     late = steps // 2
     return {
         "cold": float(enough[0]),
@@ -63,6 +68,7 @@ def calibrate(arguments: argparse.Namespace) -> BudgetPrior:
         delta=arguments.delta,
         scorer=arguments.scorer,
         min_context=0,
+        predict_rho=arguments.rho,
     )
     setting = Setting(config, "corrected", arguments.coverage)
     pages, quantiles, held_out = [], [], []
@@ -80,16 +86,11 @@ def calibrate(arguments: argparse.Namespace) -> BudgetPrior:
         held_out.append(theirs)
     about = {
         "model": arguments.model,
-        "stop": config.stop,
-        "knob": config.coverage if config.stop == "coverage" else config.delta,
-        "scorer": config.scorer,
-        "group_pages": config.group_pages,
-        "page_size": arguments.page_size,
-        "rho": arguments.rho,
+        **prior_settings(config, arguments.page_size),
     }
     prior = BudgetPrior(torch.tensor(pages), torch.stack(quantiles), about)
     one_round_rate = {
-        str(length): one_round(theirs, n, prior, arguments.rho)
+        str(length): one_round(theirs, n, prior, arguments.rho, least_pages(config))
         for length, n, theirs in zip(arguments.lengths, pages, held_out, strict=True)
     }
     about["one_round"] = one_round_rate
@@ -112,7 +113,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--coverage", type=float, default=defaults.coverage)
     parser.add_argument("--delta", type=float, default=defaults.delta)
     parser.add_argument("--scorer", default=defaults.scorer)
-    parser.add_argument("--rho", type=float, default=0.97, help="share of steps to suffice for")
+    parser.add_argument(
+        "--rho", type=float, default=defaults.predict_rho, help="share of steps to suffice for"
+    )
     parser.add_argument("--lengths", default="1024,2048,4096,8192", help="context tokens")
     parser.add_argument("--contexts", type=int, default=3, help="of each length, for the prior")
     parser.add_argument("--steps", type=int, default=32, help="decode positions of each context")

@@ -169,6 +169,24 @@ class PSAConfig:
             "reads.",
         ),
     ] = 128
+    predict: Annotated[
+        bool,
+        Meta(
+            description="Attend the predicted number of pages before the first stop test, so that "
+            "one round usually suffices; predictions follow each request, layer and KV head."
+        ),
+    ] = False
+    predict_rho: Annotated[
+        float,
+        Meta(gt=0, lt=1, description="Share of decode steps that a prediction should suffice for."),
+    ] = 0.97
+    budget_prior: Annotated[
+        str,
+        Meta(
+            description="File written by python -m sgl_psa.calibrate, from which predictions "
+            "start; none: from the forced pages and one group."
+        ),
+    ] = ""
 
     def __post_init__(self) -> None:
         for field in _FIELDS:
@@ -180,6 +198,7 @@ class PSAConfig:
         policy = POLICIES[self.policy]
         object.__setattr__(self, "scorer", legal.resolve_scorer(policy, self.scorer))
         legal.check_budget(policy, self.budget_pages, self.sink_pages, self.recent_pages)
+        legal.check_prediction(policy, self.predict, self.budget_prior)
         if self.scorer == "two_level" and self.sketch_bits == 1:
             raise ConfigError(
                 "scorer='two_level' reads one bit first and sketch_bits second: set sketch_bits to "
@@ -289,6 +308,8 @@ def _expectation(field: ConfigField) -> str:
         return "one of " + ", ".join(str(c) for c in field.choices)
     if field.kind is bool:
         return "true or false"
+    if field.kind is str:
+        return "text"
     meta = next(m for m in field.annotation.__metadata__ if isinstance(m, Meta))
     noun = "an integer" if field.kind is int else "a number"
     bounds = [

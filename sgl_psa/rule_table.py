@@ -32,6 +32,9 @@ class RuleRows(NamedTuple):
     Attributes:
         scored: bool, rows whose policy reads scores.
         picks: rows whose policy chooses pages outright.
+        stops: bool, rows whose reading a stop rule ends.
+        generation: int64, changes whenever another request takes a row's slot; only of servers
+            that predict.
     """
 
     mode: torch.Tensor
@@ -39,7 +42,9 @@ class RuleRows(NamedTuple):
     kappa_floor: torch.Tensor
     kappa_std: torch.Tensor
     scored: torch.Tensor
-    picks: tuple[Pick, ...] = ()
+    picks: tuple[Pick, ...]
+    stops: torch.Tensor
+    generation: torch.Tensor | None = None
 
 
 class RuleTable:
@@ -52,22 +57,40 @@ class RuleTable:
         row = policy.row(default, config)
         self.rules: list[RequestRule] = [default] * num_slots
         self._generation = [0] * num_slots
+        self._generations = (
+            torch.zeros(num_slots, dtype=torch.int64, device=device) if config.predict else None
+        )
         self._choosing = set(range(num_slots)) if policy.select else set()
         self._mode = torch.full((num_slots,), row.mode, dtype=torch.int32, device=device)
         self._scored = torch.full((num_slots,), policy.reads_scores, device=device)
+        self._stops = torch.full((num_slots,), policy.stops, device=device)
         self._floats = torch.tensor(row[1:], dtype=torch.float32, device=device)[:, None].repeat(
             1, num_slots
         )
 
-    def set(self, slot: int, rule: RequestRule) -> None:
-        """Give ``slot`` a rule; writes to the device only when the rule changes.
+    def generation(self, slot: int) -> int:
+        """A number that changes whenever another request takes ``slot``."""
+        return self._generation[slot]
+
+    def set(self, slot: int, rule: RequestRule) -> bool:
+        """Give ``slot`` a rule; writes to the device only what changes.
 
         A request keeps its rule object for life, so another object is another request.
+
+        Returns:
+            Whether another request took the slot.
         """
         old, self.rules[slot] = self.rules[slot], rule
-        self._generation[slot] += rule is not old
-        if old == rule:
-            return
+        if rule is old:
+            return False
+        self._generation[slot] += 1
+        if self._generations is not None:
+            self._generations[slot] = self._generation[slot]
+        if old != rule:
+            self._write(slot, rule)
+        return True
+
+    def _write(self, slot: int, rule: RequestRule) -> None:
         policy = POLICIES[rule.policy]
         row = policy.row(rule, self.config)
         if policy.select:
@@ -76,6 +99,7 @@ class RuleTable:
             self._choosing.discard(slot)
         self._mode[slot] = row.mode
         self._scored[slot] = policy.reads_scores
+        self._stops[slot] = policy.stops
         self._floats[:, slot] = torch.tensor(row[1:], dtype=torch.float32)
 
     def rows(self, slots: torch.Tensor) -> RuleRows:
@@ -86,4 +110,13 @@ class RuleTable:
             for row, slot in enumerate(slots.tolist() if self._choosing else ())
             if slot in self._choosing
         )
-        return RuleRows(self._mode[slots], threshold, floor, std, self._scored[slots], picks)
+        return RuleRows(
+            self._mode[slots],
+            threshold,
+            floor,
+            std,
+            self._scored[slots],
+            picks,
+            self._stops[slots],
+            None if self._generations is None else self._generations[slots],
+        )

@@ -13,6 +13,7 @@ import torch
 
 if TYPE_CHECKING:
     from sgl_psa.audit import Auditor
+    from sgl_psa.prediction import Predictor
 
 #: Columns of the kernels' per (row, KV head) statistics.
 PAGES, TOKENS, SCORED, ROUNDS, COVERAGE, STALE = range(6)
@@ -31,7 +32,8 @@ class ReadCounts:
     """Sums over (row, KV head) of decode steps; ``visits`` is the number of terms.
 
     ``coverage`` sums over the ``estimates`` terms of which it is known: a policy that reads no
-    scores has no estimate of what it left out.
+    scores has no estimate of what it left out. ``stopped`` is the number of terms whose reading a
+    stop rule ended, ``one_round_terms`` how many of these took one round at most.
     """
 
     visits: int = 0
@@ -43,11 +45,18 @@ class ReadCounts:
     coverage: float = 0.0
     stale_pages: int = 0
     estimates: int = 0
+    stopped: int = 0
+    one_round_terms: int = 0
 
     @property
     def mean_coverage(self) -> float | None:
         """Mean estimated coverage, ``None`` if none is known."""
         return self.coverage / self.estimates if self.estimates else None
+
+    @property
+    def one_round(self) -> float | None:
+        """Share of ``stopped`` that took one round at most, ``None`` if there are none."""
+        return self.one_round_terms / self.stopped if self.stopped else None
 
     def add(self, other: ReadCounts) -> None:
         """Add ``other`` to this, in place."""
@@ -57,7 +66,8 @@ class ReadCounts:
     def as_dict(self) -> dict[str, Any]:
         """Counts with the fractions that follow from them; means are over (row, KV head).
 
-        ``mean_coverage`` is ``None`` if no estimate is known, and 1 if nothing ran.
+        ``mean_coverage`` is ``None`` if no estimate is known, and 1 if nothing ran; ``one_round``
+        is ``None`` where no stop rule ended reading.
         """
         return {
             "visits": self.visits,
@@ -71,6 +81,9 @@ class ReadCounts:
             "mean_coverage": self.mean_coverage if self.visits else 1.0,
             "stale_pages": self.stale_pages,
             "estimates": self.estimates,
+            "stopped": self.stopped,
+            "one_round_terms": self.one_round_terms,
+            "one_round": self.one_round,
         }
 
 
@@ -83,7 +96,7 @@ class StepStats:
     """Statistics of one decode step.
 
     Attributes:
-        table: float64 [L, B, 9], summed over KV heads; columns are the fields of ReadCounts.
+        table: float64 [L, B, 11], summed over KV heads; columns are the fields of ReadCounts.
         sparse_rows: rows of the batch that did not take the dense pass.
     """
 
@@ -100,18 +113,9 @@ class StepStats:
 
 
 def _counts(sums: list[float]) -> ReadCounts:
-    visits, pages, total, read, dense, rounds, coverage, stale, estimates = sums
-    return ReadCounts(
-        int(visits),
-        int(pages),
-        int(total),
-        int(read),
-        int(dense),
-        rounds,
-        coverage,
-        int(stale),
-        int(estimates),
-    )
+    whole = (f.name not in ("rounds", "coverage") for f in fields(ReadCounts))
+    values = (int(x) if count else x for x, count in zip(sums, whole, strict=True))
+    return ReadCounts(*values)  # type: ignore[arg-type]
 
 
 def step_stats(
@@ -121,6 +125,7 @@ def step_stats(
     page_size: int,
     cost: ByteCost,
     scorer_bytes: torch.Tensor | None = None,
+    stops: torch.Tensor | None = None,
 ) -> StepStats:
     """Turn the kernels' statistics into counts.
 
@@ -129,6 +134,7 @@ def step_stats(
         seq_lens: int32 [B]; rows of length 0 are padding and count nothing.
         scorer_bytes: float32 [L, B, Hkv], bytes read to score pages; ``None``: every scored page
             cost the same.
+        stops: bool [B], rows whose reading a stop rule ended; ``None``: no row.
     """
     x = columns.to(torch.float64)
     known = ~torch.isnan(x[..., COVERAGE])
@@ -136,6 +142,9 @@ def step_stats(
         scorer_bytes = x[..., SCORED] * cost.scored_page
     lens = seq_lens.to(torch.float64)[None, :, None].expand(x.shape[:3])
     real = (lens > 0).to(torch.float64)
+    if stops is None:
+        stops = torch.zeros_like(seq_lens, dtype=torch.bool)
+    stopped = stops.to(torch.float64)[None, :, None].expand(x.shape[:3])
     columns_out = [
         real,
         x[..., PAGES],
@@ -146,6 +155,8 @@ def step_stats(
         x[..., COVERAGE].nan_to_num(nan=0.0),
         x[..., STALE],
         known.to(torch.float64),
+        stopped,
+        stopped * (x[..., ROUNDS] <= 1),
     ]
     return StepStats((torch.stack(columns_out, -1) * real[..., None]).sum(2), sparse_rows)
 
@@ -155,6 +166,7 @@ class PSAStats:
 
     Attributes:
         audit: the auditor whose totals belong to these, if there is one.
+        predictor: of the budgets, if there is one.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -162,6 +174,7 @@ class PSAStats:
         self.decode_steps = 0
         self.sparse_rows = 0
         self.audit: Auditor | None = None
+        self.predictor: Predictor | None = None
         self._table = torch.zeros(num_layers, len(fields(ReadCounts)), dtype=torch.float64)
 
     def add(self, step: StepStats) -> None:
@@ -187,5 +200,6 @@ class PSAStats:
             "sparse_rows": self.sparse_rows,
             **self.total().as_dict(),
             "layers": [layer.as_dict() for layer in self.layers],
+            "inherited": None if self.predictor is None else self.predictor.inherited,
             "audit": None if self.audit is None else self.audit.as_dict(),
         }

@@ -8,12 +8,14 @@ import torch
 from sgl_psa_kernels.progressive_decode import progressive_decode
 
 from sgl_psa.audit import Auditor
+from sgl_psa.budget import BudgetPrior
 from sgl_psa.config import PSAConfig
+from sgl_psa.prediction import Predictor
 from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers import Scorer
 from sgl_psa.scorers.base import PageBatch
 from sgl_psa.selector import Selection, Selector
-from sgl_psa.stats import SCORED, ByteCost, PSAStats, StepStats, step_stats
+from sgl_psa.stats import ROUNDS, SCORED, ByteCost, PSAStats, StepStats, step_stats
 
 
 class DecodePlan(NamedTuple):
@@ -40,13 +42,24 @@ class PSADecodeWrapper:
     """
 
     def __init__(
-        self, config: PSAConfig, scorer: Scorer, *, backend: str, kv_element_bytes: int
+        self,
+        config: PSAConfig,
+        scorer: Scorer,
+        *,
+        backend: str,
+        kv_element_bytes: int,
+        prior: BudgetPrior | None = None,
     ) -> None:
         """
         Args:
             scorer: holds the page summaries of the cache that ``run`` will be given.
             backend: kernel backend, from :func:`sgl_psa.backends.resolve_backend`.
             kv_element_bytes: size of one K or V element.
+            prior: of these KV heads, where they are not all of the model; otherwise
+                ``config.budget_prior`` is read.
+
+        Raises:
+            PriorError: ``config.budget_prior`` cannot be used.
         """
         self.config = config
         self.scorer = scorer
@@ -62,6 +75,9 @@ class PSADecodeWrapper:
                 page_size=self.page_size,
                 backend=backend,
             )
+        self.predictor: Predictor | None = None
+        if config.predict:
+            self.predictor = self.stats.predictor = Predictor(config, scorer.shape, prior)
         self._plan: DecodePlan | None = None
         self._columns: dict[int, torch.Tensor] = {}
         self._scorer_bytes: dict[int, torch.Tensor] = {}
@@ -94,6 +110,8 @@ class PSADecodeWrapper:
         batch = PageBatch(page_table.contiguous(), seq_lens, scored.to(torch.uint8))
         sparse_rows, scored_rows = torch.stack([sparse.sum(), scored.sum()]).tolist()
         selections = self._selector.plan(rows.picks, sparse, batch)
+        if self.predictor is not None:
+            self.predictor.plan(req_to_token.shape[0], req_pool_indices, seq_lens, rows)
         self._plan = DecodePlan(batch, rows, sparse_rows, scored_rows, selections)
         return self._plan
 
@@ -127,6 +145,9 @@ class PSADecodeWrapper:
         choices = []
         if log_mass is not None and plan.selections:
             choices = self._selector.choose(layer, plan.selections, log_mass)
+        first_pages = None
+        if self.predictor is not None and log_mass is not None:
+            first_pages = self.predictor.first_pages(layer)
         out, lse, columns = progressive_decode(
             q,
             k_cache,
@@ -144,6 +165,7 @@ class PSADecodeWrapper:
             recent_pages=self.config.recent_pages,
             group_pages=self.config.group_pages,
             backend=self.backend,
+            first_pages=first_pages,
         )
         if choices:
             self._selector.account(layer, choices, columns, q, k_cache, lse, batch, sm_scale)
@@ -173,14 +195,19 @@ class PSADecodeWrapper:
             return None
         blank = torch.zeros_like(next(iter(columns.values())))
         layers = [columns.get(i, blank) for i in range(self.stats.num_layers)]
+        everything = torch.stack(layers)
+        # A step that left layers out says nothing about them.
+        if self.predictor is not None and len(columns) == self.stats.num_layers:
+            self.predictor.learn(everything[..., ROUNDS])
         by_page = [layer[..., SCORED] * self.cost.scored_page for layer in layers]
         step = step_stats(
-            torch.stack(layers),
+            everything,
             plan.batch.seq_lens,
             plan.sparse_rows,
             self.page_size,
             self.cost,
             torch.stack([read.get(i, pages) for i, pages in enumerate(by_page)]),
+            plan.rows.stops & (plan.rows.mode != 0),
         )
         self.stats.add(step)
         return step

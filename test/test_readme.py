@@ -10,11 +10,12 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_it_is_short() -> None:
-    assert len(README.splitlines()) < 150
+    flags = [line for line in README.splitlines() if line.startswith("| `--psa-")]
+    assert len(README.splitlines()) - len(flags) < 140
 
 
 def test_it_lists_every_flag_with_its_default() -> None:
-    rows = dict(re.findall(r"^\| `(--psa-[a-z-]+)` \| `?([^|`]+?)`? \|", README, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(--psa-[a-z-]+)` \| `?([^|`]*?)`? \|", README, re.MULTILINE))
     default = {f"--psa-{f.name.replace('_', '-')}": str(f.default).lower() for f in fields()}
     assert rows == default
 

@@ -16,7 +16,7 @@ from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
 from sgl_psa.stats import StepStats
 from sgl_psa.wrapper import PSADecodeWrapper
-from sglang_psa import hooks, layers, prefill, state
+from sglang_psa import hooks, layers, prefill, prefix_budgets, state
 from sglang_psa.compat import AttentionBackend, KVWriteLoc
 from sglang_psa.kv_pool import PSAKVPool
 from sglang_psa.server_args import psa_config
@@ -47,6 +47,7 @@ class PSAAttentionBackend(AttentionBackend):
         """
         Raises:
             HookNotApplied: SGLang did not take one of the hooks that psa relies on.
+            PriorError: the budget prior cannot be used with this model.
             UnsupportedLayer: the model has attention that psa cannot run.
         """
         super().__init__()
@@ -66,6 +67,7 @@ class PSAAttentionBackend(AttentionBackend):
             self.pool.scorer,
             backend=self.pool.kernel_backend,
             kv_element_bytes=self.pool.store_dtype.itemsize,
+            prior=prefix_budgets.load_prior(self.config, self.pool, runner),
         )
         self.last_step: StepStats | None = None
         self._prefill = prefill.choose(self.config, self.pool.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_psa import compat, state
+from sglang_psa import compat, prefix_budgets, state
 from sglang_psa.hooks import Hook, Kind
 
 
@@ -31,7 +31,9 @@ def store_rules(forward_batch: Any, cls: type, batch: Any, runner: Any, **kwargs
     for request in batch.reqs or ():
         rule = getattr(request, "psa_rule", None)
         if rule is not None and request.req_pool_idx is not None:
-            backend.rules.set(int(request.req_pool_idx), rule)
+            slot = int(request.req_pool_idx)
+            new = backend.rules.set(slot, rule)
+            prefix_budgets.follow(backend, batch, request, slot, new)
 
 
 HOOKS = (Hook("rules of the batch", compat.NEW_FORWARD_BATCH, store_rules, Kind.AFTER),)

@@ -69,7 +69,9 @@ class RequestReads:
         The fractions and means are ``None`` while no decode step has run: a request whose only
         token came from prefill has read nothing sparsely. ``stop`` names what ends reading
         (``coverage``, ``marginal`` or ``budget``) and ``knob`` its number. ``coverage`` is an
-        estimate by the scores; a policy that reads none has ``None``.
+        estimate by the scores; a policy that reads none has ``None``. ``one_round`` is the share
+        of (step, layer, KV head) that took one round at most; ``None`` where no stop rule ends
+        reading.
         """
         counts, ran = self.counts, self.decode_steps > 0
         return {
@@ -82,6 +84,7 @@ class RequestReads:
             "bytes_fraction": counts.bytes_read / counts.bytes_dense if ran else None,
             "coverage": counts.mean_coverage,
             "rounds": counts.rounds / counts.visits if ran else None,
+            "one_round": counts.one_round,
             "pages_attended": int(counts.pages_attended),
             "pages_total": int(counts.pages_total),
             "bytes_read": int(counts.bytes_read),

@@ -26,6 +26,8 @@ COUNTERS = {
     "bytes_read": "Bytes read by decode, page summaries and sketches included.",
     "bytes_dense": "Bytes that dense decode would have read.",
     "stale_pages": "Pages read only because their summary was out of date.",
+    "stopped": "Reads that a stop rule ended: one a request, step, layer and KV head.",
+    "one_round": "Of these, reads that took one round of pages at most.",
 }
 #: Series of the coverage audit -> what it counts; 0 without ``--psa-audit-rate``.
 #: Divide a sum by its rows, violations by ``audit_requested_rows``, for means and rates.
@@ -92,6 +94,8 @@ class StepMetrics:
             "bytes_read": sums.bytes_read,
             "bytes_dense": sums.bytes_dense,
             "stale_pages": sums.stale_pages,
+            "stopped": sums.stopped,
+            "one_round": sums.one_round_terms,
         }
         for name, amount in amounts.items():
             self._counters[name].inc(amount)

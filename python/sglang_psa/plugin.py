@@ -20,6 +20,7 @@ FEATURES = (
     "pool_hooks",
     "backend_hooks",
     "radix",
+    "prefix_budgets",
     "request_rules",
     "meta_info",
     "metrics",

@@ -55,8 +55,9 @@ def merge(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The JSON of the route, from the parts of the data-parallel ranks.
 
     Counts and bytes are sums over ranks, fractions and means follow from them. ``layers`` has one
-    entry a layer; ``audit`` is ``None`` unless the server audits (``--psa-audit-rate``); ``ranks``
-    has the parts without their layers and audits.
+    entry a layer; ``inherited`` (requests whose predictions started from a shared prefix's) is
+    ``None`` unless the server predicts (``--psa-predict``), ``audit`` unless it audits
+    (``--psa-audit-rate``); ``ranks`` has the parts without their layers and audits.
     """
     layers = [
         _sum([rank["layers"][i] for rank in ranks]).as_dict()
@@ -69,12 +70,18 @@ def merge(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **_sum(ranks).as_dict(),
         **{name: ranks[0][name] for name in COMMON},
         "layers": layers,
+        "inherited": _total([rank["inherited"] for rank in ranks]),
         "audit": merge_reports([rank["audit"] for rank in ranks]),
         "ranks": [
             {k: v for k, v in rank.items() if k not in ("layers", "audit", *COMMON)}
             for rank in ranks
         ],
     }
+
+
+def _total(parts: Sequence[int | None]) -> int | None:
+    known = [part for part in parts if part is not None]
+    return sum(known) if known else None
 
 
 def _sum(parts: Sequence[dict[str, Any]]) -> ReadCounts:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sgl_psa.config import ConfigError, ConfigField, PSAConfig, check_value, fields
-from sglang_psa import compat, defaults, hooks, model_folder, refusals, state
+from sglang_psa import compat, defaults, hooks, model_folder, prefix_budgets, refusals, state
 from sglang_psa.compat import A, Arg, ServerArgs
 
 PREFIX = "psa_"
@@ -77,7 +77,9 @@ class PSAServerArgs(ServerArgs):
 
     def _refuse_illegal(self) -> None:
         try:
-            refusals.check(self, self.get_model_config())
+            model = self.get_model_config()
+            refusals.check(self, model)
+            prefix_budgets.check_prior(psa_config(self), model)
         except ValueError as error:
             raise StartUpError(str(error)) from None
 
@@ -108,8 +110,9 @@ def _parse_flag(field: ConfigField, text: str) -> Any:
 def _flag(field: ConfigField) -> Any:
     """The annotation that makes SGLang generate the flag of ``field``."""
     choices = f" Choices: {', '.join(map(str, field.choices))}." if field.choices else ""
+    default = "none" if field.default == "" else field.default
     arg = Arg(
-        help=f"PSA: {field.help}{choices} Default: {field.default}.",
+        help=f"PSA: {field.help}{choices} Default: {default}.",
         type_parser=functools.partial(_parse_flag, field),
         # A boolean flag may stand alone, or carry a value as YAML files give it.
         nargs="?" if field.kind is bool else None,

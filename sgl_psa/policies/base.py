@@ -76,6 +76,11 @@ class Policy:
     reads_scores: bool = True
     keeps_sums: bool = False
 
+    @property
+    def stops(self) -> bool:
+        """Whether a stop rule ends reading, so that how many pages it takes is to be found."""
+        return self.select is None and self.reads_scores
+
 
 def chosen_row(rule: RequestRule, config: PSAConfig) -> Row:
     """The row of a policy that chooses its pages; a rule that asks for all is the dense pass."""

@@ -63,6 +63,21 @@ def check_budget(
         )
 
 
+def check_prediction(policy: Policy, predict: bool, prior: str) -> None:
+    """Refuse a prior that nothing reads, and predictions where no stop rule ends reading.
+
+    Raises:
+        ConfigError: naming the setting to change.
+    """
+    if prior and not predict:
+        raise ConfigError(f"budget_prior={prior!r}: no effect without predict; set predict")
+    if predict and not policy.stops:
+        raise ConfigError(
+            f"predict: policy {policy.name} has no stop rule whose pages could be predicted; drop "
+            "predict, or choose policy psa"
+        )
+
+
 def check_knobs(
     policy: Policy, given: Mapping[str, Any], policies: Iterable[Policy], prefix: str
 ) -> None:

@@ -11,20 +11,26 @@ from sglang_psa.meta_info import RequestReads, add_metadata, publish, row_sums, 
 
 from sgl_psa.config import PSAConfig
 from sgl_psa.rule import RequestRule
-from sgl_psa.stats import NUM_COLUMNS, ByteCost, StepStats, step_stats
+from sgl_psa.stats import NUM_COLUMNS, ROUNDS, ByteCost, StepStats, step_stats
 
 CONFIG = PSAConfig()
 RULE = RequestRule.parse({"psa_coverage": 0.9}, CONFIG)
 LAYERS, HEADS, PAGE = 3, 2, 16
 
 
-def a_step(seq_lens: list[int], pages: list[int], coverage: float = 0.5) -> StepStats:
-    """Rows that attended ``pages`` full pages in every layer and head, after two rounds."""
+def a_step(
+    seq_lens: list[int], pages: list[int], coverage: float = 0.5, stopped: int = 0
+) -> StepStats:
+    """Rows that attended ``pages`` full pages in every layer and head, after two rounds. A
+    stop rule ended reading in the first ``stopped`` rows.
+    """
     columns = torch.zeros(LAYERS, len(seq_lens), HEADS, NUM_COLUMNS)
     for row, n in enumerate(pages):
         columns[:, row] = torch.tensor([n, n * PAGE, 1, 2, coverage, 0])
     lens = torch.tensor(seq_lens, dtype=torch.int32)
-    return step_stats(columns, lens, len(seq_lens), PAGE, ByteCost(token=8, scored_page=16))
+    stops = torch.arange(len(seq_lens)) < stopped
+    cost = ByteCost(token=8, scored_page=16)
+    return step_stats(columns, lens, len(seq_lens), PAGE, cost, stops=stops)
 
 
 def reads(*tokens: Any) -> dict[str, Any]:
@@ -37,6 +43,19 @@ def test_rows_of_a_step_keep_to_their_requests() -> None:
     first, second = row_sums(a_step([160, 320], [5, 5]), 2)
     assert reads(None, first)["pages_fraction"] == pytest.approx(5 / 10)
     assert reads(None, second)["pages_fraction"] == pytest.approx(5 / 20)
+
+
+def test_the_share_of_one_round_is_of_reads_that_a_stop_rule_ended() -> None:
+    step = a_step([160, 160], [5, 5], stopped=1)
+    first, second = row_sums(step, 2)
+    assert reads(None, first)["one_round"] == 0
+    assert reads(None, second)["one_round"] is reads(None)["one_round"] is None
+    columns = torch.zeros(LAYERS, 1, HEADS, NUM_COLUMNS)
+    columns[1:, ..., ROUNDS] = torch.tensor([1.0, 2.0])
+    lens, stops = torch.tensor([160], dtype=torch.int32), torch.tensor([True])
+    (row,) = row_sums(step_stats(columns, lens, 1, PAGE, ByteCost(8, 16), stops=stops), 1)
+    assert reads(None, row)["one_round"] == pytest.approx((LAYERS + 1) / (2 * LAYERS))
+    assert reads(None, first, row)["one_round"] == pytest.approx((LAYERS + 1) / (4 * LAYERS))
 
 
 def test_prefill_rows_are_empty() -> None:

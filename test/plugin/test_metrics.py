@@ -25,11 +25,13 @@ def registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     metrics = StepMetrics(LABELS, registry)
     columns = torch.zeros(2, 1, 1, NUM_COLUMNS)
-    columns[:] = torch.tensor([4.0, 64.0, 0.0, 3.0, 0.875, 1.0])
+    columns[0] = torch.tensor([4.0, 64.0, 0.0, 5.0, 0.875, 1.0])
+    columns[1] = torch.tensor([4.0, 64.0, 0.0, 1.0, 0.875, 1.0])
     cost = ByteCost(token=8, scored_page=0)
     for length in (160, 0):
         lens = torch.tensor([length], dtype=torch.int32)
-        metrics.observe(step_stats(columns, lens, 1, 16, cost))
+        stops = torch.tensor([True])
+        metrics.observe(step_stats(columns, lens, 1, 16, cost, stops=stops))
     return registry
 
 
@@ -42,6 +44,8 @@ def test_counters(registry: CollectorRegistry) -> None:
         "bytes_read": 2 * 64 * 8,
         "bytes_dense": 2 * 160 * 8,
         "stale_pages": 2,
+        "stopped": 2,
+        "one_round": 1,
     }
     assert {name: observed(registry, f"{name}_total") for name in expected} == expected
 
