@@ -31,6 +31,7 @@ class RuleRows(NamedTuple):
 
     Attributes:
         scored: bool, rows whose policy reads scores.
+        weighted: bool, rows of stop rule ``change``, whose estimates are weighted by value norms.
         picks: rows whose policy chooses pages outright.
     """
 
@@ -39,6 +40,7 @@ class RuleRows(NamedTuple):
     kappa_floor: torch.Tensor
     kappa_std: torch.Tensor
     scored: torch.Tensor
+    weighted: torch.Tensor
     picks: tuple[Pick, ...] = ()
 
 
@@ -55,6 +57,7 @@ class RuleTable:
         self._choosing = set(range(num_slots)) if policy.select else set()
         self._mode = torch.full((num_slots,), row.mode, dtype=torch.int32, device=device)
         self._scored = torch.full((num_slots,), policy.reads_scores, device=device)
+        self._weighted = torch.full((num_slots,), default.limit == "change", device=device)
         self._floats = torch.tensor(row[1:], dtype=torch.float32, device=device)[:, None].repeat(
             1, num_slots
         )
@@ -76,6 +79,7 @@ class RuleTable:
             self._choosing.discard(slot)
         self._mode[slot] = row.mode
         self._scored[slot] = policy.reads_scores
+        self._weighted[slot] = rule.limit == "change"
         self._floats[:, slot] = torch.tensor(row[1:], dtype=torch.float32)
 
     def rows(self, slots: torch.Tensor) -> RuleRows:
@@ -86,4 +90,5 @@ class RuleTable:
             for row, slot in enumerate(slots.tolist() if self._choosing else ())
             if slot in self._choosing
         )
-        return RuleRows(self._mode[slots], threshold, floor, std, self._scored[slots], picks)
+        scored, weighted = self._scored[slots], self._weighted[slots]
+        return RuleRows(self._mode[slots], threshold, floor, std, scored, weighted, picks)

@@ -66,6 +66,7 @@ class PSAAttentionBackend(AttentionBackend):
             self.pool.scorer,
             backend=self.pool.kernel_backend,
             kv_element_bytes=self.pool.store_dtype.itemsize,
+            values=self.pool.summaries.values,
         )
         self.last_step: StepStats | None = None
         self._prefill = prefill.choose(self.config, self.pool.device)
