@@ -52,18 +52,23 @@ class Summaries:
 
 
 def make_summaries(
-    config: PSAConfig, shape: CacheShape, backend: str, *, norms: bool = False
+    config: PSAConfig,
+    shape: CacheShape,
+    backend: str,
+    *,
+    means: bool = False,
+    norms: bool = False,
 ) -> Summaries:
     """What ``config`` needs, allocated for ``shape``.
 
     Args:
-        norms: keep value norms whatever ``config.stop`` is, for rules that ask for ``change``.
+        means, norms: keep value means, value norms, even if ``config`` needs none.
 
     Raises:
         ValueError: the cache's shape or a setting does not suit the scorer.
     """
     values = PageValues(
-        ValueMeans(shape, backend) if config.compensate else None,
+        ValueMeans(shape, backend) if means or config.compensate else None,
         ValueNorms(shape) if norms or config.stop == "change" else None,
     )
     return Summaries(make_scorer(config, shape, backend), values)

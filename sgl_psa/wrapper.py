@@ -62,9 +62,10 @@ class PSADecodeWrapper:
         Raises:
             ValueError: ``config.compensate`` without means of the values.
         """
-        self.values = values or PageValues(None, None)
-        if config.compensate and self.values.means is None:
+        means, norms = (values.means, values.norms) if values else (None, None)
+        if config.compensate and means is None:
             raise ValueError("PSADecodeWrapper: compensate=true needs the cache's value means")
+        self.values = PageValues(means if config.compensate else None, norms)
         self.config = config
         self.scorer = scorer
         self.backend = backend

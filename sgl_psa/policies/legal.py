@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgl_psa.config import AUTO_SCORER, ConfigError
 from sgl_psa.policies.base import KNOBS, Policy
 from sgl_psa.scorers import SCORERS
 from sgl_psa.scorers.page_summary import PageSummaryScorer
+
+if TYPE_CHECKING:
+    from sgl_psa.config import PSAConfig
 
 #: Scorer of policies that run with any.
 DEFAULT_SCORER = "sketch"
@@ -48,6 +51,21 @@ def check_request(policy: Policy, scorer: str) -> None:
 def is_page_summary(scorer: str) -> bool:
     """Whether a scorer knows a page by a few vectors, not by a copy of every key."""
     return issubclass(SCORERS[scorer], PageSummaryScorer)
+
+
+def caution(config: PSAConfig) -> str | None:
+    """What to warn of at start: settings that run, but do not keep the promise of their rule.
+
+    Measured by ``python -m sgl_psa.audit``: the correction by the last group, which orders pages by
+    the same summaries, leaves the coverage rule short of what was asked in about a sixth of rows.
+    """
+    plain_coverage = config.policy == "psa" and config.stop == "coverage" and config.coverage < 1
+    if plain_coverage and not config.conservative and is_page_summary(config.scorer):
+        return (
+            f"stop=coverage with scorer {config.scorer} often covers less than coverage="
+            f"{config.coverage:g}: add --psa-conservative, or choose --psa-scorer {DEFAULT_SCORER}"
+        )
+    return None
 
 
 def may_compensate(policy: Policy, scorer: str) -> bool:
