@@ -28,7 +28,7 @@ ENV_RESERVED = frozenset({"CACHE_DIR", "CPU_ISA", "ALLOW_UNTESTED_SGLANG"})
 PolicyName = Literal[
     "psa", "dense", "topk", "window", "swa", "top_p", "oracle_top_p", "oracle_marginal"
 ]
-StopName = Literal["marginal", "coverage"]
+StopName = Literal["marginal", "coverage", "change"]
 ScorerName = Literal[
     "sketch",
     "hybrid",
@@ -74,7 +74,8 @@ class PSAConfig:
         StopName,
         Meta(
             description="When to stop reading: marginal (no remaining page holds more than DELTA "
-            "of the mass attended) or coverage (COVERAGE of the attention mass is attended)."
+            "of the mass attended), coverage (COVERAGE of the attention mass is attended) or "
+            "change (as marginal, a page's mass weighted by its largest value norm)."
         ),
     ] = "marginal"
     coverage: Annotated[
@@ -89,7 +90,7 @@ class PSAConfig:
             ge=0,
             lt=1,
             description="Page mass that may be left unread, relative to the mass "
-            "attended, under --psa-stop marginal; 0 = dense.",
+            "attended, under --psa-stop marginal and change; 0 = dense.",
         ),
     ] = 0.05
     scorer: Annotated[
@@ -139,6 +140,13 @@ class PSAConfig:
         Meta(
             description="Coverage rule: correct the estimate of what remains by all pages read "
             "so far, at least 3 standard deviations up, never down."
+        ),
+    ] = False
+    compensate: Annotated[
+        bool,
+        Meta(
+            description="Add the pages left out to the output, by their estimated mass and the "
+            "mean of their values; low-bit and exact scorers only."
         ),
     ] = False
     budget_pages: Annotated[
@@ -199,6 +207,8 @@ class PSAConfig:
         object.__setattr__(self, "scorer", legal.resolve_scorer(policy, self.scorer))
         legal.check_budget(policy, self.budget_pages, self.sink_pages, self.recent_pages)
         legal.check_prediction(policy, self.predict, self.budget_prior)
+        if self.compensate:
+            legal.check_compensation(policy, self.scorer)
         if self.scorer == "two_level" and self.sketch_bits == 1:
             raise ConfigError(
                 "scorer='two_level' reads one bit first and sketch_bits second: set sketch_bits to "

@@ -44,12 +44,12 @@ class RequestRule:
 
         Keys without the prefix belong to others and are ignored. A knob without its rule selects
         the rule: ``psa_coverage`` alone means ``psa_stop="coverage"``, ``psa_delta`` alone
-        ``psa_stop="marginal"``.
+        ``psa_stop="marginal"``, or ``change`` where that is the server's rule.
 
         Raises:
             ConfigError: unknown key with the prefix, a bad value, both knobs without a rule, a
-                knob that the policy does not use, or a policy that the server's settings do not
-                suit.
+                knob that the policy does not use, or a policy or stop rule that the server's
+                settings do not suit.
         """
         default = cls.default(config)
         given = _given(params)
@@ -58,7 +58,8 @@ class RequestRule:
         policy = POLICIES[given.get("policy", default.policy)]
         legal.check_request(policy, config.scorer)
         if "stop" not in given:
-            knobs = {"coverage": "coverage", "delta": "marginal"}
+            by_delta = "change" if default.stop == "change" else "marginal"
+            knobs = {"coverage": "coverage", "delta": policy.limit or by_delta}
             implied = [knobs[k] for k in knobs if k in given]
             if len(implied) == 2:
                 raise ConfigError(
@@ -68,6 +69,7 @@ class RequestRule:
             if implied:
                 given["stop"] = implied[0]
         legal.check_knobs(policy, given, POLICIES.values(), REQUEST_PREFIX)
+        legal.check_stop(given.get("stop", default.stop), config.stop, REQUEST_PREFIX)
         rule = cls(**{**asdict(default), **given})
         legal.check_budget(
             policy, rule.budget_pages, config.sink_pages, config.recent_pages, REQUEST_PREFIX
@@ -76,7 +78,7 @@ class RequestRule:
 
     @property
     def limit(self) -> Limit:
-        """What ends reading: ``coverage``, ``marginal`` or ``budget``."""
+        """What ends reading: ``coverage``, ``marginal``, ``change`` or ``budget``."""
         return POLICIES[self.policy].limit or self.stop
 
     @property
@@ -90,9 +92,8 @@ class RequestRule:
         """Whether the rule reads every page whatever the scores say."""
         if self.policy == "dense":
             return True
-        return {"coverage": self.coverage == 1.0, "marginal": self.delta == 0.0}.get(
-            self.limit, False
-        )
+        everything = {"coverage": 1.0, "delta": 0.0}
+        return self.knob == everything.get(KNOBS[self.limit])
 
     def namespace(self, config: PSAConfig) -> str | None:
         """Name of the prefix-cache namespace, ``None`` for the server's default setting.

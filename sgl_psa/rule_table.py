@@ -31,6 +31,7 @@ class RuleRows(NamedTuple):
 
     Attributes:
         scored: bool, rows whose policy reads scores.
+        weighted: bool, rows of stop rule ``change``, whose estimates are weighted by value norms.
         picks: rows whose policy chooses pages outright.
         stops: bool, rows whose reading a stop rule ends.
         generation: int64, changes whenever another request takes a row's slot; only of servers
@@ -42,6 +43,7 @@ class RuleRows(NamedTuple):
     kappa_floor: torch.Tensor
     kappa_std: torch.Tensor
     scored: torch.Tensor
+    weighted: torch.Tensor
     picks: tuple[Pick, ...]
     stops: torch.Tensor
     generation: torch.Tensor | None = None
@@ -64,6 +66,7 @@ class RuleTable:
         self._mode = torch.full((num_slots,), row.mode, dtype=torch.int32, device=device)
         self._scored = torch.full((num_slots,), policy.reads_scores, device=device)
         self._stops = torch.full((num_slots,), policy.stops, device=device)
+        self._weighted = torch.full((num_slots,), default.limit == "change", device=device)
         self._floats = torch.tensor(row[1:], dtype=torch.float32, device=device)[:, None].repeat(
             1, num_slots
         )
@@ -100,6 +103,7 @@ class RuleTable:
         self._mode[slot] = row.mode
         self._scored[slot] = policy.reads_scores
         self._stops[slot] = policy.stops
+        self._weighted[slot] = rule.limit == "change"
         self._floats[:, slot] = torch.tensor(row[1:], dtype=torch.float32)
 
     def rows(self, slots: torch.Tensor) -> RuleRows:
@@ -116,6 +120,7 @@ class RuleTable:
             floor,
             std,
             self._scored[slots],
+            self._weighted[slots],
             picks,
             self._stops[slots],
             None if self._generations is None else self._generations[slots],

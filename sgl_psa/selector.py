@@ -49,6 +49,20 @@ class Choice(NamedTuple):
     log_mass: torch.Tensor | None
 
 
+def estimated_coverage(
+    lse: torch.Tensor, log_mass: torch.Tensor, left: torch.Tensor
+) -> torch.Tensor:
+    """Share of the mass that was attended, by the estimates of the rest: [R, Hkv].
+
+    Args:
+        lse: float32 [R, Hkv, G], of what was attended.
+        log_mass: float32 [R, Hkv, G, M].
+        left: bool [R, Hkv, M], pages left out.
+    """
+    rest = torch.logsumexp(log_mass.masked_fill(~left[:, :, None], -torch.inf), -1)
+    return torch.sigmoid(lse - rest).amin(-1)
+
+
 class Selector:
     """See the module; one a cache."""
 
@@ -153,10 +167,7 @@ class Selector:
                 columns[rows, :, COVERAGE] = torch.nan
             else:
                 left = choice.selection.pages.exists & ~choice.attended
-                rest = torch.logsumexp(
-                    choice.log_mass.masked_fill(~left[:, :, None], -torch.inf), -1
-                )
-                columns[rows, :, COVERAGE] = torch.sigmoid(mine - rest).amin(-1)
+                columns[rows, :, COVERAGE] = estimated_coverage(mine, choice.log_mass, left)
             if choice.selection.policy.keeps_sums:
                 self._observe(layer, choice, q, k_cache, lse, batch, sm_scale)
 

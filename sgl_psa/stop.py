@@ -12,6 +12,11 @@ Z_b the estimated mass of an unread page b, Z_R the sum of Z_b over all unread p
   of the scorer from the start. c is at least ``CONSERVATIVE_STD``, found by ``sgl_psa.audit``.
 * marginal: stop when no unread page has Z_b > delta * Z_P. It spends nothing on a diffuse tail of
   pages that are each negligible.
+* change: the marginal rule by what a page can change. Reading page b moves the output o by
+  Z_b / (Z_P + Z_b) * |o_b - o|, at most about Z_b / Z_P times the largest norm of its values.
+  So every Z_b is weighted by w_b = max |v_i| over the page / mean of that maximum over the row's
+  pages of the KV head. On the embedded model it reads about what marginal reads, page for page
+  (``benchmark/stop_rules.py``).
 
 All query heads of a KV head must agree before the loop stops.
 """
@@ -45,8 +50,14 @@ def marginal_row(rule: RequestRule, config: PSAConfig) -> Row:
     return Row(MARGINAL, math.log(rule.delta))
 
 
+def change_row(rule: RequestRule, config: PSAConfig) -> Row:
+    """The marginal row; the wrapper weights the estimates (:mod:`sgl_psa.value_norms`)."""
+    return marginal_row(rule, config)
+
+
 #: stop rule name -> row builder.
 STOP_RULES: dict[str, Callable[[RequestRule, PSAConfig], Row]] = {
     "coverage": coverage_row,
     "marginal": marginal_row,
+    "change": change_row,
 }

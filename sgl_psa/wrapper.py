@@ -10,6 +10,7 @@ from sgl_psa_kernels.progressive_decode import progressive_decode
 from sgl_psa.audit import Auditor
 from sgl_psa.budget import BudgetPrior
 from sgl_psa.config import PSAConfig
+from sgl_psa.page_values import PageValues
 from sgl_psa.prediction import Predictor
 from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers import Scorer
@@ -24,6 +25,7 @@ class DecodePlan(NamedTuple):
     Attributes:
         sparse_rows, scored_rows: how many rows do not take the dense pass, and how many of these
             have their pages scored.
+        weighted_rows: how many of the scored rows have their estimates weighted by value norms.
         selections: rows whose policies choose their pages outright.
     """
 
@@ -31,6 +33,7 @@ class DecodePlan(NamedTuple):
     rows: RuleRows
     sparse_rows: int
     scored_rows: int
+    weighted_rows: int
     selections: tuple[Selection, ...]
 
 
@@ -49,6 +52,7 @@ class PSADecodeWrapper:
         backend: str,
         kv_element_bytes: int,
         prior: BudgetPrior | None = None,
+        values: PageValues | None = None,
     ) -> None:
         """
         Args:
@@ -57,10 +61,17 @@ class PSADecodeWrapper:
             kv_element_bytes: size of one K or V element.
             prior: of these KV heads, where they are not all of the model; otherwise
                 ``config.budget_prior`` is read.
+            values: of the same cache, from :func:`sgl_psa.summaries.make_summaries`, where tail
+                compensation or stop rule ``change`` need them.
 
         Raises:
             PriorError: ``config.budget_prior`` cannot be used.
+            ValueError: ``config.compensate`` without means of the values.
         """
+        means, norms = (values.means, values.norms) if values else (None, None)
+        if config.compensate and means is None:
+            raise ValueError("PSADecodeWrapper: compensate=true needs the cache's value means")
+        self.values = PageValues(means if config.compensate else None, norms)
         self.config = config
         self.scorer = scorer
         self.backend = backend
@@ -81,6 +92,7 @@ class PSADecodeWrapper:
         self._plan: DecodePlan | None = None
         self._columns: dict[int, torch.Tensor] = {}
         self._scorer_bytes: dict[int, torch.Tensor] = {}
+        self._value_bytes: dict[int, torch.Tensor] = {}
         self._selector = Selector(config, scorer.shape)
 
     def plan(
@@ -98,6 +110,9 @@ class PSADecodeWrapper:
             req_pool_indices: int64 [B], row of ``req_to_token`` of each batch row.
             seq_lens: [B] integers, the current token included; 0 for padding rows.
             rows: rules, from :meth:`sgl_psa.rule_table.RuleTable.rows`.
+
+        Raises:
+            ValueError: a row has stop rule ``change`` and there are no value norms.
         """
         self.finish()
         seq_lens = seq_lens.to(torch.int32)
@@ -108,11 +123,16 @@ class PSADecodeWrapper:
         rows = rows._replace(mode=torch.where(sparse, rows.mode, torch.zeros_like(rows.mode)))
         scored = sparse & rows.scored
         batch = PageBatch(page_table.contiguous(), seq_lens, scored.to(torch.uint8))
-        sparse_rows, scored_rows = torch.stack([sparse.sum(), scored.sum()]).tolist()
+        weighted = rows.weighted & scored
+        sparse_rows, scored_rows, weighted_rows = torch.stack(
+            [sparse.sum(), scored.sum(), weighted.sum()]
+        ).tolist()
+        if weighted_rows and self.values.norms is None:
+            raise ValueError("PSADecodeWrapper: stop rule change needs the cache's value norms")
         selections = self._selector.plan(rows.picks, sparse, batch)
         if self.predictor is not None:
             self.predictor.plan(req_to_token.shape[0], req_pool_indices, seq_lens, rows)
-        self._plan = DecodePlan(batch, rows, sparse_rows, scored_rows, selections)
+        self._plan = DecodePlan(batch, rows, sparse_rows, scored_rows, weighted_rows, selections)
         return self._plan
 
     def run(
@@ -141,7 +161,13 @@ class PSADecodeWrapper:
         if self._plan is None:
             raise RuntimeError("PSADecodeWrapper.run() needs plan() first")
         plan, batch, rows = self._plan, self._plan.batch, self._plan.rows
-        log_mass = self._score(layer, q, plan, sm_scale)
+        log_mass = estimates = self._score(layer, q, plan, sm_scale)
+        attended = None
+        if log_mass is not None and self.values.take_part(plan):
+            shape = (len(q), k_cache.shape[1], batch.page_table.shape[1])
+            attended = torch.empty(shape, dtype=torch.uint8, device=q.device)
+            # The loop's copy: weighted, and the selector writes to it.
+            log_mass = self.values.weigh(layer, log_mass, plan, self.scorer.watermark[layer])
         choices = []
         if log_mass is not None and plan.selections:
             choices = self._selector.choose(layer, plan.selections, log_mass)
@@ -166,9 +192,14 @@ class PSADecodeWrapper:
             group_pages=self.config.group_pages,
             backend=self.backend,
             first_pages=first_pages,
+            attended=attended,
         )
         if choices:
             self._selector.account(layer, choices, columns, q, k_cache, lse, batch, sm_scale)
+        if attended is not None and estimates is not None:
+            out, self._value_bytes[layer] = self.values.complete(
+                layer, out, lse, estimates, attended, columns, plan
+            )
         self._columns[layer] = columns
         if self.audit is not None:
             self.audit.observe(layer, q, k_cache, v_cache, out, lse, columns, plan, sm_scale)
@@ -190,7 +221,8 @@ class PSADecodeWrapper:
     def finish(self) -> StepStats | None:
         """Close the planned step: add it to ``stats`` and return it; ``None`` if nothing ran."""
         plan, columns, read = self._plan, self._columns, self._scorer_bytes
-        self._plan, self._columns, self._scorer_bytes = None, {}, {}
+        values = self._value_bytes
+        self._plan, self._columns, self._scorer_bytes, self._value_bytes = None, {}, {}, {}
         if plan is None or not columns:
             return None
         blank = torch.zeros_like(next(iter(columns.values())))
@@ -206,7 +238,7 @@ class PSADecodeWrapper:
             plan.sparse_rows,
             self.page_size,
             self.cost,
-            torch.stack([read.get(i, pages) for i, pages in enumerate(by_page)]),
+            torch.stack([read.get(i, p) + values.get(i, 0.0) for i, p in enumerate(by_page)]),
             plan.rows.stops & (plan.rows.mode != 0),
         )
         self.stats.add(step)

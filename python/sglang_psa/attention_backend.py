@@ -68,6 +68,7 @@ class PSAAttentionBackend(AttentionBackend):
             backend=self.pool.kernel_backend,
             kv_element_bytes=self.pool.store_dtype.itemsize,
             prior=prefix_budgets.load_prior(self.config, self.pool, runner),
+            values=self.pool.summaries.values,
         )
         self.last_step: StepStats | None = None
         self._prefill = prefill.choose(self.config, self.pool.device)

@@ -1,4 +1,4 @@
-"""SGLang's KV pool with page summaries, written wherever K is written.
+"""SGLang's KV pool with page summaries, written wherever K and V are written.
 
 The buffers are SGLang's own, slot for slot, so any of its prefill backends can read and write
 them. The summaries belong to the pool and not to the attention backend, because every write of K
@@ -13,12 +13,13 @@ import torch
 
 from sgl_psa.backends import resolve_backend
 from sgl_psa.config import PSAConfig
-from sgl_psa.scorers import CacheShape, make_scorer
+from sgl_psa.scorers import CacheShape, Scorer
+from sgl_psa.summaries import make_summaries
 from sglang_psa.compat import MHATokenToKVPool
 
 
 class PSAKVPool(MHATokenToKVPool):
-    """``MHATokenToKVPool`` in slot order (NHD) plus one scorer for all its layers."""
+    """``MHATokenToKVPool`` in slot order (NHD) plus the summaries of all its layers."""
 
     def __init__(self, *args: Any, psa_config: PSAConfig, **kwargs: Any) -> None:
         """
@@ -42,27 +43,32 @@ class PSAKVPool(MHATokenToKVPool):
             device=torch.device(self.device),
         )
         self.kernel_backend = resolve_backend(self._psa_config.backend, self.device)
-        self.scorer = make_scorer(self._psa_config, shape, self.kernel_backend)
+        self.summaries = make_summaries(self._psa_config, shape, self.kernel_backend)
+
+    @property
+    def scorer(self) -> Scorer:
+        """The scorer, which holds the summaries of K."""
+        return self.summaries.scorer
 
     def _store_kv_layer(
         self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor
     ) -> None:
         super()._store_kv_layer(layer_idx, loc, cache_k, cache_v)
-        self.scorer.on_write(layer_idx, loc, self.k_buffer[layer_idx])
+        self.summaries.on_write(layer_idx, loc, self.k_buffer[layer_idx], self.v_buffer[layer_idx])
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
         """Move rows; their pages lose their summaries and are attended exactly from then on."""
         super().move_kv_cache(tgt_loc, src_loc)
-        self.scorer.invalidate_slots(tgt_loc)
+        self.summaries.invalidate_slots(tgt_loc)
 
     def load_cpu_copy(
         self, kv_cache_cpu: Any, indices: torch.Tensor, mamba_indices: Any = None
     ) -> None:
         """Restore rows from host memory, in token order, and summarise them."""
         super().load_cpu_copy(kv_cache_cpu, indices, mamba_indices)
-        self.scorer.invalidate_slots(indices)
+        self.summaries.invalidate_slots(indices)
         for layer in range(self.layer_num):
-            self.scorer.on_write(layer, indices, self.k_buffer[layer])
+            self.summaries.on_write(layer, indices, self.k_buffer[layer], self.v_buffer[layer])
 
     def forget_pages(self, pages: torch.Tensor) -> None:
         """Drop the summaries of released pages, int64 [N].
@@ -70,17 +76,18 @@ class PSAKVPool(MHATokenToKVPool):
         Whoever fills such a page by a path that bypasses this pool finds it marked as not
         summarised, so the decode loop reads it instead of trusting a former owner's summary.
         """
-        self.scorer.invalidate_slots(pages * self.page_size)
+        self.summaries.invalidate_slots(pages * self.page_size)
 
     def forget_all(self) -> None:
         """Drop every summary (flush)."""
-        self.scorer.invalidate_all()
+        self.summaries.invalidate_all()
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
-        """Bytes of K with its summaries, and of V."""
+        """Bytes of K and of V, each with its summaries."""
         k_bytes, v_bytes = super().get_kv_size_bytes()
-        return k_bytes + self.scorer.size_bytes(), v_bytes
+        summaries = self.summaries
+        return k_bytes + summaries.scorer.size_bytes(), v_bytes + summaries.values.size_bytes()
 
     def _clear_buffers(self) -> None:
         super()._clear_buffers()
-        del self.scorer
+        del self.summaries

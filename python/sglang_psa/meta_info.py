@@ -68,10 +68,10 @@ class RequestReads:
 
         The fractions and means are ``None`` while no decode step has run: a request whose only
         token came from prefill has read nothing sparsely. ``stop`` names what ends reading
-        (``coverage``, ``marginal`` or ``budget``) and ``knob`` its number. ``coverage`` is an
-        estimate by the scores; a policy that reads none has ``None``. ``one_round`` is the share
-        of (step, layer, KV head) that took one round at most; ``None`` where no stop rule ends
-        reading.
+        (``coverage``, ``marginal``, ``change`` or ``budget``) and ``knob`` its number. ``coverage``
+        is an estimate by the scores; a policy that reads none has ``None``. ``one_round`` is the
+        share of (step, layer, KV head) that took one round at most; ``None`` where no stop rule
+        ends reading.
         """
         counts, ran = self.counts, self.decode_steps > 0
         return {

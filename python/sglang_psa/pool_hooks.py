@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from sgl_psa.config import PSAConfig
-from sgl_psa.scorers import CacheShape, make_scorer
+from sgl_psa.scorers import CacheShape
+from sgl_psa.summaries import make_summaries
 from sglang_psa import compat
 from sglang_psa.hooks import Hook, Kind
 from sglang_psa.server_args import psa_config, uses_psa
@@ -48,14 +49,14 @@ def add_summary_bytes(cell: int, sizer: Any, configurator: Any, num_layers: int)
 
 
 def summary_bytes(config: PSAConfig, page_size: int, num_kv_heads: int, head_dim: int) -> float:
-    """Bytes of a scorer's state by which one more page of one layer makes it larger.
+    """Bytes of the summaries' state by which one more page of one layer makes it larger.
 
-    Measured on two small states, so that any scorer of the table is charged for what it allocates.
+    Measured on two small states, so that any setting is charged for what it allocates.
     """
 
     def size(num_pages: int) -> int:
         shape = CacheShape(1, num_pages, page_size, num_kv_heads, head_dim, torch.device("cpu"))
-        return make_scorer(config, shape, "reference").size_bytes()
+        return make_summaries(config, shape, "reference").size_bytes()
 
     return (size(2 * _SAMPLE_PAGES) - size(_SAMPLE_PAGES)) / _SAMPLE_PAGES
 

@@ -11,13 +11,17 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from sgl_psa.config import ConfigError, ConfigField, PSAConfig, check_value, fields
+from sgl_psa.policies import legal
 from sglang_psa import compat, defaults, hooks, model_folder, prefix_budgets, refusals, state
 from sglang_psa.compat import A, Arg, ServerArgs
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "psa_"
 BACKEND = "psa"
@@ -96,6 +100,9 @@ class PSAServerArgs(ServerArgs):
     def _resolve_psa_config(self) -> None:
         flags = {f.name: getattr(self, PREFIX + f.name) for f in fields()}
         config = PSAConfig.from_sources(flags, self.psa_config)
+        caution = legal.caution(config)
+        if caution is not None:
+            logger.warning("PSA: %s", caution)
         for name, value in config.as_dict().items():
             setattr(self, PREFIX + name, value)
 

@@ -13,8 +13,9 @@ from sgl_psa.audit.capture import LayerTensors
 from sgl_psa.audit.settings import Setting
 from sgl_psa.backends import resolve_backend
 from sgl_psa.rule_table import RuleTable
-from sgl_psa.scorers import CacheShape, Scorer, make_scorer
+from sgl_psa.scorers import CacheShape
 from sgl_psa.stats import PAGES
+from sgl_psa.summaries import Summaries, make_summaries
 from sgl_psa.wrapper import PSADecodeWrapper
 
 
@@ -22,9 +23,9 @@ from sgl_psa.wrapper import PSADecodeWrapper
 class Measured:
     """Audited rows of one setting, one tensor a (layer, step), float32 [rows].
 
-    ``claimed`` holds the kernel's estimate of the coverage. ``pages`` and ``pages_total`` count
-    what was read; ``pages_by_step`` has the pages attended, float32 [contexts, Hkv], one a layer
-    and step in the order of the steps.
+    ``claimed`` holds the kernel's estimate of the coverage. ``pages`` and ``pages_total``, and
+    ``bytes_read`` and ``bytes_dense``, count what was read; ``pages_by_step`` has the pages
+    attended, float32 [contexts, Hkv], one a layer and step in the order of the steps.
     """
 
     coverage: list[torch.Tensor] = field(default_factory=list)
@@ -32,6 +33,8 @@ class Measured:
     error: list[torch.Tensor] = field(default_factory=list)
     pages: int = 0
     pages_total: int = 0
+    bytes_read: int = 0
+    bytes_dense: int = 0
     pages_by_step: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -92,7 +95,7 @@ class Replay:
         )
 
     def measure(self, settings: Sequence[Setting]) -> list[Measured]:
-        """Decode every position under every setting; the settings share one scorer.
+        """Decode every position under every setting; the settings share one set of summaries.
 
         Raises:
             ValueError: the settings differ in scorer.
@@ -101,28 +104,41 @@ class Replay:
         if len({(c.scorer, c.sketch_bits) for c in configs}) != 1:
             raise ValueError("Replay.measure: all settings must name the same scorer")
         backend = resolve_backend(configs[0].backend, "cpu")
-        scorer = make_scorer(configs[0], self.cache_shape, backend)
+        summaries = make_summaries(
+            configs[0],
+            self.cache_shape,
+            backend,
+            means=any(c.compensate for c in configs),
+            norms=any(c.stop == "change" for c in configs),
+        )
         prompt = self.length - self.steps
-        self._write(scorer, 0, prompt)
+        self._write(summaries, 0, prompt)
         results = [Measured() for _ in configs]
         wrappers = []
         for config, kept in zip(configs, results, strict=True):
-            wrapper = PSADecodeWrapper(config, scorer, backend=backend, kv_element_bytes=2)
+            wrapper = PSADecodeWrapper(
+                config,
+                summaries.scorer,
+                backend=backend,
+                kv_element_bytes=2,
+                values=summaries.values,
+            )
             wrapper.audit = _Keeper(wrapper, kept)
             wrappers.append(wrapper)
         for step in range(self.steps):
-            self._write(scorer, prompt + step, prompt + step + 1)
+            self._write(summaries, prompt + step, prompt + step + 1)
             for wrapper, setting in zip(wrappers, settings, strict=True):
                 self._step(wrapper, setting, step)
         for wrapper, kept in zip(wrappers, results, strict=True):
             total = wrapper.stats.total()
             kept.pages, kept.pages_total = total.pages_attended, total.pages_total
+            kept.bytes_read, kept.bytes_dense = total.bytes_read, total.bytes_dense
         return results
 
-    def _write(self, scorer: Scorer, start: int, stop: int) -> None:
+    def _write(self, summaries: Summaries, start: int, stop: int) -> None:
         slots = self.req_to_token[:, start:stop].flatten().long()
-        for layer, k in enumerate(self.k):
-            scorer.on_write(layer, slots, k)
+        for layer, (k, v) in enumerate(zip(self.k, self.v, strict=True)):
+            summaries.on_write(layer, slots, k, v)
 
     def _step(self, wrapper: PSADecodeWrapper, setting: Setting, step: int) -> None:
         batch = len(self.contexts)

@@ -20,8 +20,9 @@ from sgl_psa.config import PSAConfig
 from sgl_psa.evaluate.feeder import Feeder
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
-from sgl_psa.scorers import CacheShape, make_scorer
+from sgl_psa.scorers import CacheShape
 from sgl_psa.stats import PAGES, ROUNDS, TOKENS
+from sgl_psa.summaries import make_summaries
 from sgl_psa.wrapper import PSADecodeWrapper
 
 ATTENTION_NAME = "sgl_psa_evaluate"
@@ -56,13 +57,18 @@ class Row:
 
 
 class Group:
-    """A scorer and a wrapper: what policies of the same server settings share."""
+    """Summaries and a wrapper: what policies of the same server settings share."""
 
     def __init__(self, config: PSAConfig, shape: CacheShape, rows: int, kv_bytes: int) -> None:
         backend = resolve_backend(config.backend, shape.device)
-        self.scorer = make_scorer(config, shape, backend)
+        # Policies that share a group may have any stop rule.
+        self.summaries = make_summaries(config, shape, backend, norms=True)
         self.wrapper = PSADecodeWrapper(
-            config, self.scorer, backend=backend, kv_element_bytes=kv_bytes
+            config,
+            self.summaries.scorer,
+            backend=backend,
+            kv_element_bytes=kv_bytes,
+            values=self.summaries.values,
         )
         self.table = RuleTable(config, rows, shape.device)
 
@@ -234,7 +240,7 @@ class PagedModel:
         for layer in range(self.num_layers):
             self.k[layer][target] = self.k[layer][source]
             self.v[layer][target] = self.v[layer][source]
-            group.scorer.on_write(layer, target, self.k[layer])
+            group.summaries.on_write(layer, target, self.k[layer], self.v[layer])
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
@@ -255,7 +261,7 @@ class PagedModel:
             self.k[layer][work.slots] = k[0].transpose(0, 1)
             self.v[layer][work.slots] = v[0].transpose(0, 1)
             for group in self.groups:
-                group.scorer.on_write(layer, work.slots, self.k[layer])
+                group.summaries.on_write(layer, work.slots, self.k[layer], self.v[layer])
             shared = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=shared
@@ -263,7 +269,7 @@ class PagedModel:
             return out.transpose(1, 2)
         self.k[layer][work.slots] = k[:, :, 0]
         self.v[layer][work.slots] = v[:, :, 0]
-        work.group.scorer.on_write(layer, work.slots, self.k[layer])
+        work.group.summaries.on_write(layer, work.slots, self.k[layer], self.v[layer])
         wrapper = work.group.wrapper
         out, _ = wrapper.run(layer, q[:, :, 0].contiguous(), self.k[layer], self.v[layer], scale)
         work.columns[layer] = wrapper.columns(layer)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sgl_psa.config import ConfigError, PSAConfig, convert, unknown_key
-from sgl_psa.policies import KNOBS, POLICIES
+from sgl_psa.policies import KNOBS, POLICIES, legal
 from sgl_psa.rule import RequestRule
 from sgl_psa.scorers import SCORERS
 from sgl_psa.stop import STOP_RULES
@@ -110,6 +110,8 @@ def parse(text: str, base: PSAConfig | None = None) -> PolicySpec:
             known = [*STOP_RULES, *SCORERS, "NUMBER", "SETTING=VALUE"]
             raise ConfigError(f"--policies {text!r}: {part!r} is none of {', '.join(known)}")
     settings = {**(base or PSAConfig()).as_dict(), **_default_scorer(name, base), **given}
+    if "compensate" not in given:
+        settings["compensate"] &= legal.may_compensate(POLICIES[name], settings["scorer"])
     limit = POLICIES[name].limit or settings["stop"]
     knob_name = None if name == DENSE else KNOBS[limit]
     if number is not None:

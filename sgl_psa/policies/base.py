@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from sgl_psa.config import PSAConfig
     from sgl_psa.rule import RequestRule
 
-Limit = Literal["coverage", "marginal", "budget"]
+Limit = Literal["coverage", "marginal", "change", "budget"]
 
 #: What ends reading -> the field of a rule that sets it.
-KNOBS: dict[Limit, str] = {"coverage": "coverage", "marginal": "delta", "budget": "budget_pages"}
+KNOBS: dict[Limit, str] = {
+    "coverage": "coverage",
+    "marginal": "delta",
+    "change": "delta",
+    "budget": "budget_pages",
+}
 
 #: The row of a policy that chose its pages: the loop attends every page of finite log mass.
 CHOSEN = Row(MARGINAL, -1e30)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgl_psa.config import AUTO_SCORER, ConfigError
 from sgl_psa.policies.base import KNOBS, Policy
+from sgl_psa.scorers import SCORERS
+from sgl_psa.scorers.page_summary import PageSummaryScorer
+
+if TYPE_CHECKING:
+    from sgl_psa.config import PSAConfig
 
 #: Scorer of policies that run with any.
 DEFAULT_SCORER = "two_level"
@@ -40,6 +45,66 @@ def check_request(policy: Policy, scorer: str) -> None:
         raise ConfigError(
             f"psa_policy={policy.name!r}: needs scorer {allowed}, and this server runs {scorer}; "
             f"choose another psa_policy, or start the server with --psa-scorer {policy.scorers[0]}"
+        )
+
+
+def is_page_summary(scorer: str) -> bool:
+    """Whether a scorer knows a page by a few vectors, not by a copy of every key."""
+    return issubclass(SCORERS[scorer], PageSummaryScorer)
+
+
+def caution(config: PSAConfig) -> str | None:
+    """What to warn of at start: settings that run, but do not keep the promise of their rule.
+
+    Measured by ``python -m sgl_psa.audit``: the correction by the last group, which orders pages by
+    the same summaries, leaves the coverage rule short of what was asked in about a sixth of rows.
+    """
+    plain_coverage = config.policy == "psa" and config.stop == "coverage" and config.coverage < 1
+    if plain_coverage and not config.conservative and is_page_summary(config.scorer):
+        return (
+            f"stop=coverage with scorer {config.scorer} often covers less than coverage="
+            f"{config.coverage:g}: add --psa-conservative, or choose --psa-scorer {DEFAULT_SCORER}"
+        )
+    return None
+
+
+def may_compensate(policy: Policy, scorer: str) -> bool:
+    """Whether what the policy leaves out is known well enough for tail compensation."""
+    return policy.reads_scores and not is_page_summary(scorer)
+
+
+def check_compensation(policy: Policy, scorer: str) -> None:
+    """Refuse tail compensation without good estimates of what was left out.
+
+    Raises:
+        ConfigError: the policy reads no scores, or the scorer's estimates are too coarse.
+    """
+    if not policy.reads_scores:
+        raise ConfigError(
+            f"compensate=true: policy {policy.name} reads no scores, so nothing says what weight "
+            "the pages left out have; drop compensate, or set policy to psa"
+        )
+    if is_page_summary(scorer):
+        fits = ", ".join(name for name in SCORERS if not is_page_summary(name))
+        raise ConfigError(
+            f"compensate=true: scorer {scorer} estimates masses so coarsely that the pages left "
+            f"out would outweigh those read; set scorer to one of {fits}, or drop compensate"
+        )
+
+
+def check_stop(stop: str, kept: str, prefix: str) -> None:
+    """Refuse a request's stop rule ``change`` where no value norms are kept.
+
+    Args:
+        kept: the server's stop rule; norms are kept for ``change`` only.
+
+    Raises:
+        ConfigError: naming the flag that the server needs.
+    """
+    if stop == "change" and kept != "change":
+        raise ConfigError(
+            f"{prefix}stop='change': this server keeps no norms of values; choose {prefix}stop "
+            "marginal, or start the server with --psa-stop change"
         )
 
 
@@ -91,9 +156,10 @@ def check_knobs(
     Raises:
         ConfigError: naming the knob and the policies that have it.
     """
-    for limit, knob in KNOBS.items():
-        if knob in given and not _goes_by(policy, limit):
-            names = " or ".join(p.name for p in policies if _goes_by(p, limit))
+    policies = tuple(policies)
+    for knob in dict.fromkeys(KNOBS.values()):
+        if knob in given and not _uses(policy, knob):
+            names = " or ".join(p.name for p in policies if _uses(p, knob))
             raise ConfigError(
                 f"{prefix}{knob}={given[knob]!r}: no effect on policy {policy.name}; drop it, or "
                 f"choose {prefix}policy {names}"
@@ -106,5 +172,5 @@ def check_knobs(
         )
 
 
-def _goes_by(policy: Policy, limit: str) -> bool:
-    return limit == policy.limit if policy.limit else limit != "budget"
+def _uses(policy: Policy, knob: str) -> bool:
+    return knob == KNOBS[policy.limit] if policy.limit else knob != KNOBS["budget"]

@@ -9,7 +9,8 @@ import torch
 from sgl_psa.config import PSAConfig
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
-from sgl_psa.scorers import CacheShape, Scorer, make_scorer
+from sgl_psa.scorers import CacheShape, Scorer
+from sgl_psa.summaries import make_summaries
 from sgl_psa.wrapper import PSADecodeWrapper
 
 PAGE = 16
@@ -66,10 +67,13 @@ def dense(cache: Cache, q: torch.Tensor, scale: float) -> torch.Tensor:
 def make_wrapper(cache: Cache, config: PSAConfig, backend: str) -> tuple[PSADecodeWrapper, Scorer]:
     """A wrapper over one layer whose summaries describe ``cache``."""
     shape = CacheShape(1, cache.num_pages, PAGE, *cache.k.shape[1:], torch.device("cpu"))
-    scorer = make_scorer(config, shape, backend)
+    summaries = make_summaries(config, shape, backend, norms=True)
     for row in range(len(cache.seq_lens)):
-        scorer.on_write(0, cache.tokens(row), cache.k)
-    return PSADecodeWrapper(config, scorer, backend=backend, kv_element_bytes=4), scorer
+        summaries.on_write(0, cache.tokens(row), cache.k, cache.v)
+    wrapper = PSADecodeWrapper(
+        config, summaries.scorer, backend=backend, kv_element_bytes=4, values=summaries.values
+    )
+    return wrapper, summaries.scorer
 
 
 def decode(

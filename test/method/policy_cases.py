@@ -7,8 +7,9 @@ import torch
 from sgl_psa.config import PSAConfig
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
-from sgl_psa.scorers import CacheShape, make_scorer
+from sgl_psa.scorers import CacheShape
 from sgl_psa.stats import StepStats
+from sgl_psa.summaries import make_summaries
 from sgl_psa.wrapper import PSADecodeWrapper
 from test.method.cache import PAGE, Cache, make_cache
 
@@ -65,10 +66,13 @@ class Run:
     def __init__(self, cache: Cache, config: PSAConfig, backend: str) -> None:
         self.cache, self.config = cache, config
         shape = CacheShape(1, cache.num_pages, PAGE, *cache.k.shape[1:], torch.device("cpu"))
-        self.scorer = make_scorer(config, shape, backend)
+        summaries = make_summaries(config, shape, backend, norms=True)
+        self.scorer = summaries.scorer
         for row in range(len(cache.seq_lens)):
-            self.scorer.on_write(0, cache.tokens(row), cache.k)
-        self.wrapper = PSADecodeWrapper(config, self.scorer, backend=backend, kv_element_bytes=4)
+            summaries.on_write(0, cache.tokens(row), cache.k, cache.v)
+        self.wrapper = PSADecodeWrapper(
+            config, self.scorer, backend=backend, kv_element_bytes=4, values=summaries.values
+        )
         self.table = RuleTable(config, len(cache.seq_lens), "cpu")
 
     def ask(self, row: int, params: dict) -> None:

@@ -10,7 +10,7 @@ from sglang_psa.layers import UnsupportedLayer
 
 from sgl_psa.policies import POLICIES
 from sgl_psa.rule import RequestRule
-from test.plugin.engine_parts import KV_HEADS, LAYERS, Driver, Mode, make_backend, make_layer
+from test.plugin.engine_parts import DIM, KV_HEADS, LAYERS, Driver, Mode, make_backend, make_layer
 
 CLOSE = dict(rtol=2e-4, atol=2e-5)
 
@@ -64,6 +64,25 @@ def test_sparse_decode_reads_less_and_counts_it(monkeypatch):
     assert 0 < counts.pages_attended < counts.pages_total
     assert counts.stale_pages == 0
     assert backend.wrapper.stats.sparse_rows == 1
+
+
+@pytest.mark.parametrize("stop", ["marginal", "change"])
+def test_compensated_decode_is_closer_and_counts_the_means(monkeypatch, stop):
+    error, read = {}, {}
+    for compensate in (False, True):
+        backend = make_backend(
+            monkeypatch,
+            **{"min_context": 0, "recent_pages": 1, "group_pages": 1, "stop": stop, "delta": 0.2},
+            **{"scorer": "exact", "compensate": compensate},
+        )
+        driver = Driver(backend)
+        driver.step("extend", {0: 200})
+        results = driver.step("decode", {0: 1})
+        error[compensate] = sum(float((out - exact).norm()) for out, exact in results)
+        counts = read[compensate] = backend.last_step.row(0)
+    assert error[True] < 0.7 * error[False]
+    left = counts.pages_total - counts.pages_attended
+    assert read[True].bytes_read == read[False].bytes_read + left * 2 * DIM > 0
 
 
 def test_requests_in_one_batch_follow_their_own_rules(monkeypatch):

@@ -94,9 +94,43 @@ def test_size_includes_the_summaries(pool):
     assert k_bytes - v_bytes == pool.scorer.size_bytes() > 0
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
-def test_memory_budget_charges_what_the_pool_allocates(scorer, monkeypatch):
-    config = PSAConfig(backend="reference", scorer=scorer)
+def values_of(pool, layer, pages):
+    """Means and norms of pages, and the same from the value buffer."""
+    means, norms = pool.summaries.values.means, pool.summaries.values.norms
+    v = pool.get_value_buffer(layer).view(-1, PAGE, KV_HEADS, DIM)[pages]
+    kept = means.means[layer, pages, :, 0].float(), norms.norms[layer, pages]
+    return kept, (v.mean(1).bfloat16().float(), v.norm(dim=-1).amax(1))
+
+
+def test_value_summaries_follow_every_write_and_restore():
+    pool = make_pool(PSAConfig(backend="reference", compensate=True, stop="change"))
+    write(pool, page(3) + page(5), layer=1)
+    write(pool, page(3), layer=1)
+    copy = pool.get_cpu_copy(torch.tensor(page(3) + page(5)))
+    pool.forget_pages(torch.tensor([3, 5]))
+    assert pool.scorer.watermark.sum() == 0
+    pool.load_cpu_copy(copy, torch.tensor(page(8) + page(3)))
+    for pages in ([5], [8, 3]):
+        torch.testing.assert_close(*values_of(pool, 1, pages))
+    assert pool.scorer.watermark[1, [3, 5, 8]].tolist() == [PAGE, 0, PAGE]
+    k_bytes, v_bytes = pool.get_kv_size_bytes()
+    pages = (pool.size + PAGE) // PAGE
+    extra = LAYERS * pages * KV_HEADS * (2 * DIM + 4)
+    assert v_bytes - (k_bytes - pool.scorer.size_bytes()) == extra
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"scorer": name} for name in SCORERS),
+        {"compensate": True},
+        {"compensate": True, "stop": "change"},
+        {"stop": "change", "scorer": "exact"},
+    ],
+    ids=str,
+)
+def test_memory_budget_charges_what_the_pool_allocates(fields, monkeypatch):
+    config = PSAConfig(backend="reference", **fields)
     pool = make_pool(config)
     monkeypatch.setitem(compat.IMPORTS, "get_parallel", "test.plugin.test_kv_pool:fake_parallel")
     args = SimpleNamespace(

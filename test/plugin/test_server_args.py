@@ -50,11 +50,11 @@ def test_defaults_are_the_configs():
 
 def test_every_field_has_a_flag_that_reaches_the_config():
     values = {
-        "policy": "dense",
+        "policy": "topk",
         "stop": "coverage",
         "coverage": 0.5,
         "delta": 0.25,
-        "scorer": "hybrid",
+        "scorer": "two_level",
         "sketch_bits": 4,
         "group_pages": 3,
         "sink_pages": 0,
@@ -62,6 +62,7 @@ def test_every_field_has_a_flag_that_reaches_the_config():
         "min_context": 7,
         "correction_std": 2.0,
         "conservative": True,
+        "compensate": True,
         "budget_pages": 40,
         "audit_rate": 0.5,
         "backend": "reference",
@@ -83,6 +84,21 @@ def test_what_does_not_go_with_the_policy_is_refused():
         parse(*PSA, "--psa-policy", "oracle_top_p", "--psa-scorer", "sketch")
     with pytest.raises(StartUpError, match=r"budget_pages=1: .*set budget_pages to 3 or more"):
         parse(*PSA, "--psa-policy", "swa", "--psa-budget-pages", "1")
+
+
+def test_a_coverage_that_page_summaries_do_not_keep_is_warned_of(caplog):
+    hybrid = ["--psa-stop", "coverage", "--psa-scorer", "hybrid"]
+    for flags, warned in (([], False), (hybrid, True), ([*hybrid, "--psa-conservative"], False)):
+        caplog.clear()
+        parse(*PSA, *flags)
+        found = [r for r in caplog.records if r.name == "sglang_psa.server_args"]
+        assert [r.levelname for r in found] == ["WARNING"] * warned
+        assert all("--psa-conservative" in r.getMessage() for r in found)
+
+
+def test_compensation_without_good_estimates_is_refused():
+    with pytest.raises(StartUpError, match="compensate=true: scorer hybrid .*set scorer to one of"):
+        parse(*PSA, "--psa-compensate", "--psa-scorer", "hybrid")
 
 
 def test_boolean_flag_may_stand_alone():
