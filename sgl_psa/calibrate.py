@@ -18,7 +18,7 @@ from sgl_psa.audit.contexts import make_context
 from sgl_psa.audit.replay import Replay
 from sgl_psa.audit.settings import Setting
 from sgl_psa.budget import BudgetPrior, BudgetState, log_quantile
-from sgl_psa.config import PSAConfig
+from sgl_psa.config import ConfigError, PSAConfig
 from sgl_psa.prediction import least_pages, prior_settings
 
 
@@ -62,15 +62,8 @@ def one_round(
 def calibrate(arguments: argparse.Namespace) -> BudgetPrior:
     """Measure, report and return the prior."""
     model = CapturedModel(arguments.model)
-    config = PSAConfig(
-        stop=arguments.stop,
-        coverage=arguments.coverage,
-        delta=arguments.delta,
-        scorer=arguments.scorer,
-        min_context=0,
-        predict_rho=arguments.rho,
-    )
-    setting = Setting(config, "corrected", arguments.coverage)
+    config = arguments.config
+    setting = Setting(config, "corrected", config.coverage)
     pages, quantiles, held_out = [], [], []
     for length in arguments.lengths:
         contexts = [
@@ -105,17 +98,13 @@ def calibrate(arguments: argparse.Namespace) -> BudgetPrior:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    defaults = PSAConfig()
     parser = argparse.ArgumentParser(prog="python -m sgl_psa.calibrate", description=__doc__)
     parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="Hugging Face model folder")
     parser.add_argument("--out", type=Path, default=Path("out/budget_prior.json"))
-    parser.add_argument("--stop", default=defaults.stop, choices=("marginal", "coverage"))
-    parser.add_argument("--coverage", type=float, default=defaults.coverage)
-    parser.add_argument("--delta", type=float, default=defaults.delta)
-    parser.add_argument("--scorer", default=defaults.scorer)
-    parser.add_argument(
-        "--rho", type=float, default=defaults.predict_rho, help="share of steps to suffice for"
-    )
+    for name, kind in (("stop", str), ("coverage", float), ("delta", float), ("scorer", str)):
+        parser.add_argument("--" + name, type=kind, help=f"as the server's --psa-{name}")
+    parser.add_argument("--rho", type=float, help="as the server's --psa-predict-rho")
+    parser.add_argument("--psa-config", help="further settings, as the server's --psa-config")
     parser.add_argument("--lengths", default="1024,2048,4096,8192", help="context tokens")
     parser.add_argument("--contexts", type=int, default=3, help="of each length, for the prior")
     parser.add_argument("--steps", type=int, default=32, help="decode positions of each context")
@@ -123,6 +112,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1000, help="of the first context")
     arguments = parser.parse_args(argv)
     arguments.lengths = sorted(int(x) for x in arguments.lengths.split(","))
+    flags = {name: getattr(arguments, name) for name in ("stop", "coverage", "delta", "scorer")}
+    flags["predict_rho"] = arguments.rho
+    # What the server does about predictions is no matter here: page counts are measured without.
+    always = {"min_context": 0, "predict": False, "budget_prior": "", "audit_rate": 0.0}
+    try:
+        arguments.config = PSAConfig.from_sources({**flags, **always}, arguments.psa_config, {})
+    except ConfigError as error:
+        parser.error(str(error))
+    arguments.rho = arguments.config.predict_rho
     return arguments
 
 

@@ -109,6 +109,8 @@ def prior_settings(config: PSAConfig, page_size: int) -> dict[str, object]:
         "group_pages": config.group_pages,
         "sink_pages": config.sink_pages,
         "recent_pages": config.recent_pages,
+        "conservative": config.conservative,
+        "correction_std": config.correction_std,
         "page_size": page_size,
         "rho": config.predict_rho,
     }

@@ -14,6 +14,7 @@ from sgl_psa.policies import POLICIES
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
 from sgl_psa.scorers import SCORERS, CacheShape, make_scorer
+from sgl_psa.stats import ROUNDS
 from sgl_psa.stop import STOP_RULES
 from sgl_psa.wrapper import PSADecodeWrapper
 from test.method.cache import PAGE, dense, make_cache
@@ -79,3 +80,41 @@ def test_policies_on_cuda(policy: str) -> None:
             pages[name] = counts.row(0).pages_attended
     assert pages["cuda"] == pages["cpu"]
     torch.testing.assert_close(outputs["cuda"].cpu(), outputs["cpu"], rtol=0, atol=1e-4)
+
+
+def test_prediction_on_cuda() -> None:
+    """Learns, starts anew and inherits on the device."""
+    config = PSAConfig(min_context=0, group_pages=2, scorer="exact", predict=True, delta=0.02)
+    cache = make_cache([60 * PAGE, 40 * PAGE + 3], KV_HEADS, DIM, seed=3)
+    q = torch.randn(2, KV_HEADS * GROUP, DIM, generator=torch.Generator().manual_seed(4))
+    device = torch.device("cuda")
+    shape = CacheShape(1, cache.num_pages, PAGE, KV_HEADS, DIM, device)
+    scorer = make_scorer(config, shape, resolve_backend("auto", device))
+    k, v = cache.k.to(device), cache.v.to(device)
+    for row in range(2):
+        scorer.on_write(0, cache.tokens(row).to(device), k)
+    wrapper = PSADecodeWrapper(
+        config, scorer, backend=resolve_backend("auto", device), kv_element_bytes=4
+    )
+    table, rows = RuleTable(config, 2, device), torch.arange(2, device=device)
+    tokens, lens = cache.req_to_token.to(device), cache.seq_lens.to(device)
+
+    def rounds() -> torch.Tensor:
+        wrapper.plan(tokens, rows, lens, table.rows(rows))
+        wrapper.run(0, q.to(device), k, v, SCALE)
+        taken = wrapper.columns(0)[..., ROUNDS].cpu()
+        wrapper.finish()
+        return taken
+
+    first = rounds()
+    for _ in range(20):
+        last = rounds()
+    # A prediction that suffices falls slowly, until a step takes a second round.
+    assert (first > 4).all() and (last <= 2).all()
+    predictor = wrapper.predictor
+    assert predictor is not None
+    for row in range(2):
+        table.set(row, RequestRule.default(config))
+    predictor.inherit(1, table.generation(1), predictor.snapshot(1))
+    again = rounds()
+    assert torch.equal(again[0], first[0]) and (again[1] <= 2).all()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_psa.budget import BudgetPrior, BudgetState, PriorError, log_quantile
-from sgl_psa.calibrate import one_round
+from sgl_psa.calibrate import one_round, parse
 from sgl_psa.config import PSAConfig
 from sgl_psa.prediction import prior_settings
 
@@ -200,3 +200,13 @@ def test_one_round_says_how_the_prediction_does() -> None:
     assert 1.0 <= found["excess"] < 1.1
     jump = one_round(2 * steady.long(), 64, prior([64]), rho=0.97)
     assert jump["cold"] == 0.0 and jump["warm"] > 0.75
+
+
+def test_the_calibration_takes_the_settings_of_the_server(capsys) -> None:
+    given = '{"scorer": "mean", "group_pages": 8, "predict": true, "budget_prior": "old.json"}'
+    config = parse(["--psa-config", given, "--delta", "0.05", "--rho", "0.9"]).config
+    assert (config.scorer, config.group_pages, config.delta) == ("mean", 8, 0.05)
+    assert config.predict_rho == 0.9 and config.min_context == 0 and not config.predict
+    with pytest.raises(SystemExit):
+        parse(["--stop", "never"])
+    assert "stop='never': expected one of" in capsys.readouterr().err

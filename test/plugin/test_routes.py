@@ -73,6 +73,9 @@ def test_data_parallel_ranks_are_added_up(monkeypatch: pytest.MonkeyPatch) -> No
     ]
     merged = routes.merge(ranks)
     assert merged["decode_steps"] == 4
+    assert merged["inherited"] is None
+    inherited = [{**rank, "inherited": n} for rank, n in zip(ranks, (2, 3), strict=True)]
+    assert routes.merge(inherited)["inherited"] == 5
     assert merged["pages_attended"] == 24 * LAYERS * 2
     assert merged["pages_fraction"] == pytest.approx(24 / 40)
     assert merged["mean_rounds"] == pytest.approx((1 + 3 * 5) / 4)

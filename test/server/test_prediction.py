@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from test.server.compare import assert_same, reads
+from test.server.compare import reads
 from test.server.conftest import COMMON, PSA, flags, running
-from test.server.process import Engine, Server, environment
+from test.server.process import START_SECONDS, Server, environment
 from test.server.prompts import Prompts
 
 pytestmark = pytest.mark.server
@@ -41,7 +41,7 @@ def predicting(model: Path, logs: Path, prior: Path) -> Iterator[Server]:
 
 
 def test_a_shared_prefix_hands_its_state_on_until_a_flush(
-    predicting: Server, uncached: Engine, prompts: Prompts
+    predicting: Server, prompts: Prompts
 ) -> None:
     context, values = prompts.context(1500, seed=9000)
     first, second, third = (
@@ -60,9 +60,6 @@ def test_a_shared_prefix_hands_its_state_on_until_a_flush(
     assert (none, once, still) == (0, 1, 1)
     assert warm["meta_info"]["cached_tokens"] > 1000
     assert reads(cold)["one_round"] is not None
-    assert_same(
-        [cold, warm], uncached.generate([first, second], max_new_tokens=NEW, ignore_eos=True)
-    )
 
 
 def test_one_round_is_reported_everywhere(predicting: Server, prompts: Prompts) -> None:
@@ -93,7 +90,9 @@ def test_a_prior_of_another_model_is_refused(model: Path, prior: Path, tmp_path:
     wrong.write_text(json.dumps(document))
     options = {"model_path": model, "psa_predict": True, "psa_budget_prior": wrong}
     command = [sys.executable, "-m", "sglang.launch_server", *flags(**options, **COMMON, **PSA)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=START_SECONDS
+    )
     assert done.returncode != 0
     assert "sgl-psa: error: budget prior" in done.stderr and "the model has" in done.stderr
     assert "Traceback" not in done.stderr
