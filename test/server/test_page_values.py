@@ -48,10 +48,3 @@ def test_every_byte_is_counted(
     means = (pages - psa["pages_attended"]) * 2 * dim
     norms = 4 * pages if stop == "change" else 0
     assert psa["bytes_read"] == tokens * 2 * dim * 4 + sketches + means + norms
-
-
-def test_a_key_is_found(compensating: Server, prompts: Prompts) -> None:
-    question = prompts.recall(900, seed=9910)
-    answer = compensating.generate(question.ids, max_new_tokens=4, stop="\n")
-    assert answer["text"].strip() == question.value
-    assert reads(answer)["bytes_fraction"] < 0.5
