@@ -87,8 +87,8 @@ def check_compensation(policy: Policy, scorer: str) -> None:
     if is_page_summary(scorer):
         fits = ", ".join(name for name in SCORERS if not is_page_summary(name))
         raise ConfigError(
-            f"compensate=true: scorer {scorer} estimates masses so coarsely that the pages left "
-            f"out would outweigh those read; set scorer to one of {fits}, or drop compensate"
+            f"compensate=true: scorer {scorer} estimates masses so coarsely that pages left out "
+            f"may get far too much weight; set scorer to one of {fits}, or drop compensate"
         )
 
 

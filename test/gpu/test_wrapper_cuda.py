@@ -16,6 +16,7 @@ from sgl_psa.rule_table import RuleTable
 from sgl_psa.scorers import SCORERS, CacheShape, make_scorer
 from sgl_psa.stats import ROUNDS
 from sgl_psa.stop import STOP_RULES
+from sgl_psa.summaries import make_summaries
 from sgl_psa.wrapper import PSADecodeWrapper
 from test.method.cache import PAGE, dense, make_cache
 
@@ -38,11 +39,13 @@ def test_decode_on_cuda(stop: str, scorer: str, knobs: dict) -> None:
     device = torch.device("cuda")
     backend = resolve_backend("auto", device)
     shape = CacheShape(1, cache.num_pages, PAGE, KV_HEADS, DIM, device)
-    scorer_object = make_scorer(config, shape, backend)
+    summaries = make_summaries(config, shape, backend)
     k, v = cache.k.to(device), cache.v.to(device)
     for row in range(3):
-        scorer_object.on_write(0, cache.tokens(row).to(device), k)
-    wrapper = PSADecodeWrapper(config, scorer_object, backend=backend, kv_element_bytes=4)
+        summaries.on_write(0, cache.tokens(row).to(device), k, v)
+    wrapper = PSADecodeWrapper(
+        config, summaries.scorer, backend=backend, kv_element_bytes=4, values=summaries.values
+    )
     table = RuleTable(config, 3, device)
     for row in range(3):
         table.set(row, RequestRule.default(config))
@@ -56,19 +59,30 @@ def test_decode_on_cuda(stop: str, scorer: str, knobs: dict) -> None:
     assert step is not None and step.row(2).pages_attended <= step.row(2).pages_total
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_policies_on_cuda(policy: str) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"policy": name} for name in POLICIES),
+        {"compensate": True},
+        {"compensate": True, "stop": "change"},
+        {"compensate": True, "policy": "topk", "scorer": "sketch"},
+    ],
+    ids=str,
+)
+def test_policies_on_cuda(fields: dict) -> None:
     """Three steps of a growing request against the same steps on the CPU, in torch."""
-    config = PSAConfig(policy=policy, min_context=0, budget_pages=9, coverage=0.8)
+    config = PSAConfig(min_context=0, budget_pages=9, coverage=0.8, **fields)
     cache = make_cache([60 * PAGE + 3], KV_HEADS, DIM, seed=5)
     outputs, pages = {}, {}
     for name in ("cpu", "cuda"):
         device = torch.device(name)
         shape = CacheShape(1, cache.num_pages, PAGE, KV_HEADS, DIM, device)
-        scorer = make_scorer(config, shape, "torch")
+        summaries = make_summaries(config, shape, "torch")
         k, v = cache.k.to(device), cache.v.to(device)
-        scorer.on_write(0, cache.tokens(0).to(device), k)
-        wrapper = PSADecodeWrapper(config, scorer, backend="torch", kv_element_bytes=4)
+        summaries.on_write(0, cache.tokens(0).to(device), k, v)
+        wrapper = PSADecodeWrapper(
+            config, summaries.scorer, backend="torch", kv_element_bytes=4, values=summaries.values
+        )
         table, rows = RuleTable(config, 1, device), torch.arange(1, device=device)
         for step in range(3):
             q = 3 * torch.randn(1, KV_HEADS * GROUP, DIM, generator=torch.manual_seed(step))
