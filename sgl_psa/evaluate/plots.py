@@ -42,7 +42,7 @@ def _svg(figure: Any, alt: str, tight: str | None = "tight") -> str:
     pyplot.close(figure)
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
 
 

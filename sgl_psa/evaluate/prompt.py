@@ -40,7 +40,13 @@ class Prompt:
         return self._before + example.context
 
     def turn(self, turn: Turn, first: bool = True) -> str:
-        """What is fed before an answer."""
+        """What is fed before an answer.
+
+        Raises:
+            ValueError: a later turn in a chat: only the first message has been rendered.
+        """
+        if self.chat and not first:
+            raise ValueError("a chat prompt holds one turn: use --no-chat")
         prefix = turn.prefix.lstrip() if self.chat else turn.prefix
         return ("" if first else "\n") + turn.question + self._after + prefix
 

@@ -165,9 +165,10 @@ def _difference(row: Row, rows: Sequence[Row]) -> str:
     dense = next(
         (r for r in rows if r["policy"] == "dense" and all(r[k] == row[k] for k in same)), None
     )
-    if row is dense or dense is None or not row.get("grades") or not dense.get("grades"):
+    grades = [] if dense is None or row is dense else dense.get("grades", [])
+    if not grades or len(row.get("grades", [])) != len(grades):
         return "-"
-    points = [100 * share for share in paired_difference(row["grades"], dense["grades"])]
+    points = [100 * share for share in paired_difference(row["grades"], grades)]
     return f"{points[0]:+.1f} <small>{points[1]:+.1f} to {points[2]:+.1f}</small>"
 
 

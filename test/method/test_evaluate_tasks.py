@@ -13,7 +13,7 @@ from sgl_psa.evaluate.example import Example, TextExample, Turn
 from sgl_psa.evaluate.material import PLAIN, RECALL, ContextTooShort, Keys, Material
 from sgl_psa.evaluate.measurement import build_examples, questions
 from sgl_psa.evaluate.prompt import Prompt
-from sgl_psa.evaluate.tasks import TASKS
+from sgl_psa.evaluate.tasks import TASKS, counting
 
 LENGTH = 1536
 CELLS = [(name, style) for name, task in TASKS.items() for style in task.builders]
@@ -133,6 +133,21 @@ def test_counted_words_are_the_most_frequent(materials, name, most: int, pattern
     counts = sorted(((words.count(w), w) for w in set(words)), reverse=True)
     assert {w for _, w in counts[:most]} == set(example.queries[0].turns[0].answers)
     assert counts[most - 1][0] > counts[most][0]
+
+
+@pytest.mark.parametrize("name", ["common_words", "frequent_words"])
+def test_word_lists_have_the_length_at_great_length(materials, name: str) -> None:
+    length = 200_000
+    example = TASKS[name].build(materials[PLAIN], length, "8")
+    assert 0.9 * length < materials[PLAIN].count(example.context) <= length
+
+
+def test_word_lists_that_run_out_of_words_name_the_longest(materials, monkeypatch) -> None:
+    monkeypatch.setattr(counting, "invented_held_out_words", lambda count: ())
+    with pytest.raises(ContextTooShort, match="ask for --lengths up to that") as raised:
+        TASKS["common_words"].build(materials[PLAIN], 100_000, "9")
+    longest = int(re.search(r"no more than (\d+) tokens", str(raised.value))[1])
+    TASKS["common_words"].build(materials[PLAIN], longest, "9")
 
 
 def test_text_spans_lie_in_the_window(materials) -> None:

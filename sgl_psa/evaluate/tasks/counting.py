@@ -18,7 +18,9 @@ _COMMON = 10
 #: Times that common and other words come in contexts from so many tokens on.
 _TIMES = {4096: (30, 3), 0: (10, 1)}
 _FREQUENT, _EXPONENT = 3, 2.0
-_INVENTED_WORDS = 4000
+#: Invented words, and tokens of a context from which on there are more: one for so many tokens.
+_INVENTED_WORDS, _TOKENS_PER_WORD = 4000, 12
+_FILLED = 0.9
 
 #: A text of so many units, and the words that are asked for.
 Listing = tuple[str, tuple[str, ...]]
@@ -79,8 +81,13 @@ def _longest(
     make: Callable[[list[str], int, random.Random], Listing | None],
     rng: random.Random,
 ) -> Listing:
-    """The longest listing that ``tokens`` hold, to 2 % of its size."""
-    words = sorted({*material.words, *invented_held_out_words(_INVENTED_WORDS)})
+    """The longest listing that ``tokens`` hold, to 2 % of its size.
+
+    Raises:
+        ContextTooShort: there is none, or the words run out before ``_FILLED`` of the tokens.
+    """
+    invented = invented_held_out_words(max(_INVENTED_WORDS, tokens // _TOKENS_PER_WORD))
+    words = sorted({*material.words, *invented})
     rng.shuffle(words)
     state = rng.getstate()
     best: Listing | None = None
@@ -95,4 +102,10 @@ def _longest(
             high = middle
     if best is None:
         raise ContextTooShort(f"{tokens} tokens are too few to count words in: ask for more")
+    reached = material.count(best[0])
+    if reached < _FILLED * tokens:
+        raise ContextTooShort(
+            f"{len(words)} words to count make no more than {reached + _RESERVE} tokens: "
+            f"ask for --lengths up to that, not {tokens + _RESERVE}"
+        )
     return best
