@@ -177,7 +177,7 @@ def test_a_prior_knows_what_it_was_measured_with() -> None:
     assert base.differences(**prior_settings(config, 16)) == []
     other = base.differences(**prior_settings(PSAConfig(scorer="mean"), 32))
     assert [text.split()[0] for text in other] == ["knob", "scorer", "page_size"]
-    assert other[0] == "knob 0.2 instead of 0.1"
+    assert other[0] == f"knob 0.2 instead of {PSAConfig().delta}"
 
 
 def test_bad_rates_are_refused() -> None:

@@ -238,9 +238,9 @@ def test_each_rank_loads_its_heads(monkeypatch, tmp_path, caplog) -> None:
         assert rank_prior(monkeypatch, config, 2).log_needed.flatten().tolist() == [2.0, 5.0]
         assert rank_prior(monkeypatch, CONFIG, 2) is None
         assert caplog.messages == []
-        other = PSAConfig(predict=True, budget_prior=str(path), delta=0.05, predict_rho=0.9)
+        other = PSAConfig(predict=True, budget_prior=str(path), delta=0.2, predict_rho=0.9)
         rank_prior(monkeypatch, other, 0)
     assert len(caplog.messages) == 1
-    assert "knob 0.1 instead of 0.05, rho 0.97 instead of 0.9:" in caplog.messages[0]
+    assert f"knob {CONFIG.delta} instead of 0.2, rho 0.97 instead of 0.9:" in caplog.messages[0]
     with pytest.raises(PriorError, match="the model has"):
         rank_prior(monkeypatch, config, 0, heads=HEADS + 1)

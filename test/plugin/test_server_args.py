@@ -48,9 +48,10 @@ def test_defaults_are_the_configs():
     assert args.get_attention_backends() == ("psa", "psa")
 
 
-def test_every_field_has_a_flag_that_reaches_the_config():
+def test_every_field_has_a_flag_that_reaches_the_config(monkeypatch):
+    monkeypatch.setattr(module.prefix_budgets, "check_prior", lambda *args: None)
     values = {
-        "policy": "topk",
+        "policy": "psa",
         "stop": "coverage",
         "coverage": 0.5,
         "delta": 0.25,
@@ -67,6 +68,9 @@ def test_every_field_has_a_flag_that_reaches_the_config():
         "audit_rate": 0.5,
         "backend": "reference",
         "candidate_pages": 9,
+        "predict": True,
+        "predict_rho": 0.5,
+        "budget_prior": "prior.json",
     }
     assert set(values) == {f.name for f in fields()}
     flags = [x for k, v in values.items() for x in (f"--psa-{k.replace('_', '-')}", str(v))]
