@@ -166,7 +166,8 @@ def main() -> None:
         length: replays(model, length, options.steps, seeds, options.page_size)
         for length in lengths
     }
-    results = []
+    results: list[dict[str, Any]] = []
+    settings = {k: v for k, v in vars(options).items() if k != "model"}
     for stop in options.stops.split(","):
         flags = f"--stop {stop} --scorer {options.scorer} --page-size {options.page_size}"
         flags += f" --lengths {options.lengths} --contexts 2 --steps 32"
@@ -198,8 +199,8 @@ def main() -> None:
                         f"{stop} {length} {backend} {name:9} {at} {value['step_cpu_ms']:.1f} ms",
                         flush=True,
                     )
-    settings = {k: v for k, v in vars(options).items() if k != "model"}
-    print(save("prediction", {"settings": settings, "results": results}))
+                # Kept as it grows: a run is long on a busy machine.
+                save("prediction", {"settings": settings, "results": results})
 
 
 if __name__ == "__main__":
