@@ -7,6 +7,7 @@ Fractions are means over tasks and relative to dense attention. Settings that co
 at the same number of tokens where the page size changes (at least a page each): forced pages,
 groups, candidates, budget; delta stays the mass of one page. Where query heads select apart, all
 that they read counts, scores and pages, against a dense pass that reads once for the group.
+Summaries are all that is read besides K and V of attended pages, to score or to compensate.
 ``exact`` counts no bytes for its scores. The scorer decides the order of the pages and, through the
 stop rule, their number; the rows of a fixed number of pages compare the order alone. A factor that
 this version does not have is named below the table.
@@ -128,7 +129,7 @@ def same_tokens(base: PSAConfig, page_size: int) -> dict[str, int]:
 
 def markdown(rows: list[dict[str, Any]], missing: list[Missing], tasks: list[str]) -> str:
     """The rows as a table, and what is missing below it."""
-    head = ["factor", "value", "bytes", "of it scores", "pages", "rounds", *tasks]
+    head = ["factor", "value", "bytes", "of it summaries", "pages", "rounds", *tasks]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         shares = [row["bytes_fraction"], row["scored_fraction"], row["pages_fraction"]]
@@ -158,7 +159,7 @@ def plot(name: str, rows: list[dict[str, Any]]) -> Path:
     )
     left, middle, right = panels[0]
     left.barh(labels, attended, label="attended pages")
-    left.barh(labels, scored, left=attended, label="scores")
+    left.barh(labels, scored, left=attended, label="summaries")
     left.set_xlabel("bytes read, % of dense")
     left.set_xlim(right=1.1 * max(a + s for a, s in zip(attended[1:], scored[1:], strict=True)))
     left.legend(fontsize=8)

@@ -98,7 +98,7 @@ def measured(runs: PolicyRuns, cases: dict[str, Case], lengths: list[int]) -> li
 
 def markdown(rows: list[dict[str, Any]], tasks: list[str]) -> str:
     """The rows as a table."""
-    head = ["policy", "tokens", "bytes", "of it scores", "kB a step, layer and KV head", *tasks]
+    head = ["policy", "tokens", "bytes", "of it summaries", "kB a step, layer and KV head", *tasks]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["policy"], str(row["length"])]

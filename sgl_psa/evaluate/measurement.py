@@ -42,8 +42,9 @@ class Reads:
     def fractions(self) -> dict[str, float | None]:
         """The columns of a result row; ``None`` where no decode step ran or it is not known.
 
-        ``scored_fraction`` is the part of ``bytes_fraction`` that was read to score pages,
-        ``head_bytes`` the bytes read by a decode step in a layer and KV head.
+        ``scored_fraction`` is the part of ``bytes_fraction`` that is not K and V of attended pages:
+        what was read to score pages, or to make up for those left out. ``head_bytes`` are the
+        bytes that a decode step reads in a layer and KV head.
         """
         known = self.bytes_attended > 0
         scored = self.bytes_read - self.bytes_attended
