@@ -1,7 +1,9 @@
 """``python -m sgl_psa.evaluate --server`` against a real server."""
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -34,7 +36,9 @@ def test_plain_prompts_are_those_of_the_chat_api(
 ) -> None:
     """The ids that are sent are the message as the server's own template renders it."""
     sent, post = [], runner.post
-    monkeypatch.setattr(runner, "post", lambda url, body: sent.append(body) or post(url, body))
+    monkeypatch.setattr(
+        runner, "post", lambda url, body: sent.append(copy.deepcopy(body)) or post(url, body)
+    )
     arguments = ["--server", server.url, "--lengths", "1600", "--queries", "1", "--tasks", "single"]
     arguments += ["--model", str(cli.EMBEDDED), "--style", "plain", "--out", str(tmp_path)]
     assert cli.main([*arguments, "--policies", "psa:marginal:0.1"]) == 0
