@@ -79,7 +79,7 @@ def test_ragged_rows_match_a_ranking_in_float64(backend: str, group: int) -> Non
         for head in range(heads if count else 0):
             x = log_mass[row, head * group : (head + 1) * group, :count].double()
             x = x.masked_fill(x == INF, -INF)
-            share = (x - x.logsumexp(-1, keepdim=True)).amax(0)
+            share = (x - x.logsumexp(-1, keepdim=True)).nan_to_num(nan=-INF, neginf=-INF).amax(0)
             chosen = flags[row, head, :count].bool()
             assert chosen.sum() == min(40, int((share > -INF).sum()))
             assert (share[chosen] > -INF).all()

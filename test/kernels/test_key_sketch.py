@@ -173,15 +173,37 @@ def test_watermark_below_the_fill_gives_infinity(backend: str) -> None:
     assert (got[0, :, 1] > 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_estimates_that_are_no_numbers_become_infinity(backend: str, broken: float) -> None:
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e9, -1e9])
+def test_estimates_that_are_no_numbers_become_infinity(
+    backend: str, bits: int, broken: float
+) -> None:
     batch = make_batch(Case(torch.float32, 64, 16, 1, 2, (64,)))
     batch.k[batch.slots(0)[20], 0, 3] = broken
-    codes, affine = make_sketch(batch, 2, backend)
-    got = score(batch, codes, affine, 2, backend)[0, :, :4]
+    codes, affine = make_sketch(batch, bits, backend)
+    got = score(batch, codes, affine, bits, backend)[0, :, :4]
     assert (got[:, 1] == float("inf")).all()
     assert torch.isfinite(got[:, [0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_a_query_that_is_no_number_gives_infinity(backend: str, broken: float) -> None:
+    batch = make_batch(Case(torch.float32, 64, 16, 1, 2, (64,)))
+    codes, affine = make_sketch(batch, 2, "reference")
+    q = batch.q.clone()
+    q[0, 1, 5] = broken
+    got = score(batch, codes, affine, 2, backend, q=q)[0, :, :4]
+    assert torch.isfinite(got[0]).all() and torch.isposinf(got[1]).all()
+
+
+def test_queries_of_zeros_and_of_tiny_numbers_count_tokens(backend: str) -> None:
+    batch = make_batch(Case(torch.float32, 64, 16, 1, 2, (50,)))
+    codes, affine = make_sketch(batch, 2, "reference")
+    q = torch.zeros_like(batch.q)
+    q[0, 1] = 1e-38
+    got = score(batch, codes, affine, 2, backend, q=q)[0, :, :4]
+    want = torch.tensor([16.0, 16.0, 16.0, 2.0]).log().expand(2, 4)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 def test_inactive_rows_are_not_read() -> None:

@@ -44,7 +44,7 @@ inline void set_query(int32_t* words, const int8_t* four) {
 template <int BITS>
 struct ByteDot {
   static constexpr int CHAINS = 2;  // independent sums that hide the latency of an addition
-  static constexpr int STEPS = 1 << 30;
+  static constexpr int STEPS = 0;
   I total{};
   void add(Codes codes, const int32_t* query) {
     total = (I)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)set1i(*query));
@@ -75,7 +75,7 @@ struct ByteDot {
 template <int BITS>
 struct ByteDot {
   static constexpr int CHAINS = 1;
-  static constexpr int STEPS = 1 << 30;
+  static constexpr int STEPS = 0;
   I total{};
   void add(Codes codes, const int32_t* query) {
     total += madd((S)codes.even, (S)set1i(query[0]));

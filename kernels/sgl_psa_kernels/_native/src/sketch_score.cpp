@@ -89,22 +89,21 @@ void page_mass(const Scorer& s, const ByteQuery* q, const uint8_t* codes, const 
     Dot dots[HEADS * Dot::CHAINS];
     const uint8_t* column = codes + t / layout.tile * layout.tile * layout.width;
     const int lane = t % layout.tile;
-    for (int begin = 0; begin < columns; begin += std::min(columns, Dot::STEPS)) {
-      const int end = begin + std::min(columns - begin, Dot::STEPS);
-      for (int c = begin; c < end; c++) {
-        const int bytes = WHOLE ? 4 : layout.column_bytes(c);
-        const U packed = load_column<WHOLE>(column + lane * bytes, bytes, step);
-        column += bytes * layout.tile;
-        unrolled<PLANES>([&](auto p) __attribute__((always_inline)) {
-          const Codes four = plane<BITS>(packed, p);
-          const int at = (p * columns + c) * QUERY_WORDS;
-          unrolled<HEADS>([&](auto g) __attribute__((always_inline)) {
-            dots[g * Dot::CHAINS + p % Dot::CHAINS].add(four, q[g].words + at);
-          });
+    for (int c = 0; c < columns; c++) {
+      const int bytes = WHOLE ? 4 : layout.column_bytes(c);
+      const U packed = load_column<WHOLE>(column + lane * bytes, bytes, step);
+      column += bytes * layout.tile;
+      unrolled<PLANES>([&](auto p) __attribute__((always_inline)) {
+        const Codes four = plane<BITS>(packed, p);
+        const int at = (p * columns + c) * QUERY_WORDS;
+        unrolled<HEADS>([&](auto g) __attribute__((always_inline)) {
+          dots[g * Dot::CHAINS + p % Dot::CHAINS].add(four, q[g].words + at);
         });
-      }
-      unrolled<HEADS>([&](auto g) { dots[g * Dot::CHAINS].settle(); });
+      });
+      if (Dot::STEPS && (c + 1) % std::max(Dot::STEPS, 1) == 0)
+        unrolled<HEADS>([&](auto g) { dots[g * Dot::CHAINS].settle(); });
     }
+    unrolled<HEADS>([&](auto g) { dots[g * Dot::CHAINS].settle(); });
     F scale, zero;
     const float middle = 0.5f * (float)((1 << BITS) - 1);
     load_affine(affine + t * s.a.affine_width, s.a.affine_width, step, middle, scale, zero);
