@@ -107,8 +107,8 @@ def score(
         page_size: tokens per page.
         sm_scale: softmax scale, usually D ** -0.5.
         backend: "reference", "torch" (any device) or "cpu" (C++). "cpu" rounds the query to 8
-            bits an element: each is off by at most 1/254 of the head's largest one, which moves a
-            logit by less than a tenth of what 4-bit codes do.
+            bits an element: each is off by at most 1/254 of the head's largest one. That adds less
+            than a tenth to the error of 4-bit codes, also where a few elements are large.
 
     Returns:
         float32 [B, Hq, max_pages]; +inf where the watermark is below the page's tokens or the

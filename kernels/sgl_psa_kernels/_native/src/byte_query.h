@@ -48,6 +48,10 @@ struct ByteQuery {
       storeu(bytes + d, __builtin_convertvector(rounded, Int8));
     }
     bias = 0.5f * (float)((1 << bits) - 1) * (sum - step * (float)hsum4(of_bytes, I{}, I{}, I{})[0]);
+    if (QUERY_WORDS == 1 && layout.width % 4 == 0) {  // already in order
+      std::memcpy(words, bytes, dim);
+      return;
+    }
     int32_t* word = words;
     for (int p = 0; p < 8 / bits; p++)
       for (int c = 0; c < layout.columns; c++, word += QUERY_WORDS) {

@@ -36,10 +36,6 @@ struct Scorer {
     prefetch_range(codes(page, head), layout.page_bytes());
     prefetch_range(affine(page, head), (int64_t)r.page_size * 2 * a.affine_width);
   }
-  bool wanted(int row, int page, int head) const {
-    return !a.candidates ||
-           a.candidates[((int64_t)row * r.num_kv_heads + head) * r.max_pages + page];
-  }
   // Whether columns are whole vectors of words.
   bool whole() const { return layout.tile % LANES == 0 && layout.width % 4 == 0; }
 };
@@ -191,16 +187,23 @@ void score_block(const Scorer& s, const PageMass* mass, const PageBlock& block, 
       std::memcpy(top + h * BLOCK_PAGES, log_mass + (int64_t)h * r.max_pages, block.size() * 4);
   int count = 0;
   bool changed = false;
-  for (int i = 0; i < block.size(); i++) {
-    const bool fresh = covered(r, s.a.watermark, block.row, block.begin + i);
+  const auto add = [&](int column, int head) {
+    changed = true;
+    if (covered(r, s.a.watermark, block.row, block.begin + column))
+      items[count++] = {column, head};
+    else
+      for (int g = 0; g < s.group; g++) top[(head * s.group + g) * BLOCK_PAGES + column] = INF;
+  };
+  if (s.a.candidates) {
     for (int h = 0; h < heads; h++) {
-      if (!s.wanted(block.row, block.begin + i, h)) continue;
-      changed = true;
-      if (fresh)
-        items[count++] = {i, h};
-      else
-        for (int g = 0; g < s.group; g++) top[(h * s.group + g) * BLOCK_PAGES + i] = INF;
+      const uint8_t* wanted =
+          s.a.candidates + ((int64_t)block.row * heads + h) * r.max_pages + block.begin;
+      for (int i = 0; i < block.size(); i++)
+        if (wanted[i]) add(i, h);
     }
+  } else {
+    for (int i = 0; i < block.size(); i++)
+      for (int h = 0; h < heads; h++) add(i, h);
   }
   if (!changed) return;
 
