@@ -52,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", default="2048,4096,8192", help="context tokens")
     parser.add_argument("--contexts", type=int, default=4, help="contexts of each length")
     parser.add_argument("--steps", type=int, default=24, help="decode positions of each context")
-    parser.add_argument("--scorers", default="sketch,hybrid", help=", ".join(SCORERS))
+    parser.add_argument("--scorers", default="two_level,sketch,hybrid", help=", ".join(SCORERS))
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of the first context")
     parser.add_argument("--quick", action="store_true", help="two lengths, less of everything")
