@@ -85,3 +85,21 @@ def correction(count, mean, square, deviations, floor):
     """kappa [HEADS]: mean + deviations * standard deviation, 0 of nothing, at least floor."""
     spread = tl.sqrt(square / tl.maximum(count, 1.0))
     return tl.maximum(tl.where(count > 0, mean + deviations * spread, 0.0), floor)
+
+
+@triton.jit
+def round_bfloat16(x):
+    """float32 x rounded to the nearest bfloat16, ties to even, as float32; NaN stays.
+
+    A plain cast does so on a GPU, but the interpreter's truncates.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return tl.where(x != x, x, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def ceil_bfloat16(x):
+    """Smallest bfloat16 that is no less than float32 x >= 0, as float32; NaN stays."""
+    bits = (x.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000
+    return tl.where(x != x, x, bits.to(tl.float32, bitcast=True))
