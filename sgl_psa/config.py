@@ -160,7 +160,8 @@ class PSAConfig:
     backend: Annotated[
         BackendName,
         Meta(
-            description="Kernels: auto, cpu (C++), torch (any device), triton (CUDA) or reference (slow)."
+            description="Kernels: auto, cpu (C++), torch (any device), triton (CUDA) or reference "
+            "(slow).",
         ),
     ] = "auto"
     candidate_pages: Annotated[

@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: interpreted, compiled for CUDA, and refused where they cannot run."""
+"""Triton kernels without a GPU: interpreted, compiled for CUDA, refused where they cannot run."""
 
 import os
 import subprocess
@@ -56,10 +56,10 @@ def test_triton_is_imported_when_it_is_called_only() -> None:
 def test_without_a_cuda_device_the_fix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     _, arguments = batch_and_arguments()
-    with pytest.raises(RuntimeError, match="CUDA device.*TRITON_INTERPRET=1"):
+    with pytest.raises(RuntimeError, match=r"CUDA device.*TRITON_INTERPRET=1"):
         progressive_decode(**(arguments | {"backend": "triton"}))
     x = torch.zeros(2, 16)
-    with pytest.raises(RuntimeError, match="merge_state.*CUDA device"):
+    with pytest.raises(RuntimeError, match=r"merge_state.*CUDA device"):
         merge_state(x, x[:, 0], x, x[:, 0], backend="triton")
 
 

@@ -9,7 +9,7 @@ from sgl_psa.config import ConfigError
 def test_triton_is_for_cuda_and_for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert resolve_backend("triton", "cuda") == "triton"
-    with pytest.raises(ConfigError, match="backend=triton.*CUDA device.*TRITON_INTERPRET=1"):
+    with pytest.raises(ConfigError, match=r"backend=triton.*CUDA device.*TRITON_INTERPRET=1"):
         resolve_backend("triton", "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert resolve_backend("triton", "cpu") == "triton"

@@ -41,8 +41,8 @@ def compare(batch: Batch, log_mass, rules, **options) -> None:
 @pytest.mark.parametrize(
     ("case", "start", "predicted"),
     [
-        (Case(FP32, 64, 16, 1, 3, (130, 0, 131, 140, 190, 1, 210, 150)), 0, False),
-        (Case(FP32, 64, 16, 1, 3, (130, 0, 131, 140, 190, 1, 210, 150)), 0, True),
+        (Case(FP32, 64, 16, 1, 3, (110, 0, 131, 100, 130, 1, 140, 99)), 0, False),
+        (Case(FP32, 64, 16, 1, 3, (110, 0, 131, 100, 130, 1, 140, 99)), 0, True),
         (Case(FP16, 80, 8, 1, 1, (16, 75, 66, 9)), 1, True),
         (Case(FP32, 96, 128, 1, 2, (700, 128, 641)), 4, True),
         (Case(BF16, 256, 32, 1, 8, (310, 5, 300)), 5, False),
@@ -148,10 +148,10 @@ class NoWordToTheHost(TorchDispatchMode):
 
 
 def test_nothing_waits_for_the_device() -> None:
-    batch = make_batch(Case(FP32, 16, 16, 1, 1, (60, 0)))
+    batch = make_batch(Case(FP32, 16, 16, 1, 1, (70,)))
     log_mass = estimates(batch)
-    rules = [RULES["coverage-.8"], RULES["dense"]]
-    first = torch.tensor([[3], [3]], dtype=torch.int32)
+    rules = [RULES["coverage-.8"]]
+    first = torch.tensor([[3]], dtype=torch.int32)
     with NoWordToTheHost():
         decode(batch, log_mass, rules, "triton", first_pages=first)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWordToTheHost():

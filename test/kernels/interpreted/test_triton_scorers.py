@@ -1,4 +1,4 @@
-"""Scorers and merge_state in Triton: the tests of the other backends, on fewer and smaller cases."""
+"""Scorers and merge_state in Triton: the tests of the other backends on fewer, smaller cases."""
 
 import pytest
 import test_key_sketch as plain
