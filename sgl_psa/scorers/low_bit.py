@@ -14,7 +14,8 @@ _VALUE_BYTES = 2  # float16
 
 
 class LowBitScorer(Scorer):
-    """Codes uint8 [L, pages, Hkv, P, D * bits / 8]; affine float16 [..., P, values].
+    """Codes uint8 [L, pages, Hkv, P, D * bits / 8], the last two dimensions as ``key_sketch`` lays
+    them out; affine float16 [..., P, values].
 
     A class attribute ``values`` says how many float16 values a key has besides its codes. ``signs``
     are those of the rotation before the codes are taken, ``None`` without one.
@@ -80,9 +81,10 @@ class LowBitScorer(Scorer):
         batch: PageBatch,
         sm_scale: float,
         candidates: torch.Tensor | None = None,
+        log_mass: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``score`` of queries in the basis of the codes; -inf at pages where ``candidates`` (uint8
-        [B, Hkv, max_pages]) is 0, whose codes are not read."""
+        """``score`` of queries in the basis of the codes; into ``log_mass`` (float32 [B, Hq,
+        max_pages]) if given, which pages with ``candidates`` (uint8 [B, Hkv, max_pages]) 0 keep."""
         return key_sketch.score(
             q,
             self.codes[layer],
@@ -92,6 +94,7 @@ class LowBitScorer(Scorer):
             batch.seq_lens,
             batch.active,
             candidates,
+            log_mass,
             bits=self.bits,
             page_size=self.shape.page_size,
             sm_scale=sm_scale,

@@ -11,10 +11,10 @@ pages of their choice single keys that hold most of the mass are missing
 from __future__ import annotations
 
 import torch
+from sgl_psa_kernels.candidate_pages import candidate_pages
 
 from sgl_psa.config import PSAConfig
 from sgl_psa.scorers.base import CacheShape, PageBatch, Scorer
-from sgl_psa.scorers.candidates import choose_candidates
 from sgl_psa.scorers.rotated_sketch import RotatedSketchScorer
 
 _FIRST_BITS = 1
@@ -60,24 +60,23 @@ class TwoLevelScorer(Scorer):
     def score(self, layer: int, q: torch.Tensor, batch: PageBatch, sm_scale: float) -> torch.Tensor:
         shape = self.shape
         rotated = self.first.rotate(q)
-        coarse = self.first.score_codes(layer, rotated, batch, sm_scale)
-        candidates = choose_candidates(
-            coarse,
-            batch,
-            shape.num_kv_heads,
-            shape.page_size,
-            self.candidate_pages,
+        log_mass = self.first.score_codes(layer, rotated, batch, sm_scale)
+        candidates = candidate_pages(
+            log_mass,
+            batch.seq_lens,
+            batch.active,
+            num_kv_heads=shape.num_kv_heads,
+            page_size=shape.page_size,
+            count=self.candidate_pages,
+            backend=self.backend,
         )
-        fine = self.second.score_codes(layer, rotated, batch, sm_scale, candidates)
-        active = batch.active.to(torch.float32)
+        self.second.score_codes(layer, rotated, batch, sm_scale, candidates.flags, log_mass)
         pages = torch.div(
             batch.seq_lens + shape.page_size - 1, shape.page_size, rounding_mode="floor"
         )
-        first_bytes = (pages * active * self.first.bytes_per_page)[:, None]
-        second_bytes = candidates.sum(-1, dtype=torch.float32) * self.second.bytes_per_page
-        self._read[layer] = first_bytes + second_bytes
-        group = q.shape[1] // shape.num_kv_heads
-        return torch.where(candidates.bool().repeat_interleave(group, 1), fine, coarse)
+        first_bytes = (pages * batch.active * self.first.bytes_per_page).float()
+        self._read[layer] = first_bytes[:, None] + candidates.count * self.second.bytes_per_page
+        return log_mass
 
     def read_bytes(self, layer: int) -> torch.Tensor | None:
         return self._read.get(layer)

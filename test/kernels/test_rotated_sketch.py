@@ -7,8 +7,9 @@ import torch
 from kernel_cases import CASES, Batch, Case, make_batch
 from sgl_psa_kernels import BACKENDS, key_sketch
 from sgl_psa_kernels.key_sketch.codes import rotated_codes
-from sgl_psa_kernels.key_sketch.packing import BITS, packed_bytes, unpack
+from sgl_psa_kernels.key_sketch.packing import BITS, packed_bytes, packed_rows, unpack
 from sgl_psa_kernels.key_sketch.rotation import block_size, rotate
+from test_key_sketch import code_distance, query_step
 
 SOME = [case for case in CASES if case.head_dim in (16, 80, 96, 128, 256)]
 
@@ -32,6 +33,7 @@ def score(batch: Batch, codes, scale, bits: int, backend: str, **replace) -> tor
         "q": rotate(batch.q, key_sketch.rotation_signs(batch.case.head_dim)),
         "watermark": torch.full((batch.num_pages,), batch.case.page_size, dtype=torch.int32),
         "candidates": None,
+        "log_mass": None,
     } | replace
     return key_sketch.score(
         args["q"],
@@ -42,6 +44,7 @@ def score(batch: Batch, codes, scale, bits: int, backend: str, **replace) -> tor
         batch.seq_lens,
         torch.ones(len(batch.case.lens), dtype=torch.uint8),
         args["candidates"],
+        args["log_mass"],
         bits=bits,
         page_size=batch.case.page_size,
         sm_scale=batch.sm_scale,
@@ -97,7 +100,8 @@ def test_write_matches_reference(case: Case, bits: int, isa: str) -> None:
     codes, scale = make_sketch(batch, bits, "cpu")
     # Sums may round differently: codes of elements at the edge of a step.
     torch.testing.assert_close(scale, want_scale, rtol=2e-3, atol=1e-6, equal_nan=True)
-    assert (unpack(codes, bits) != unpack(want_codes, bits)).float().mean() < 1e-3
+    different = unpack(packed_rows(codes), bits) != unpack(packed_rows(want_codes), bits)
+    assert different.float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -106,9 +110,8 @@ def test_score_matches_float64(case: Case, bits: int, backend: str) -> None:
     batch, codes, scale, exact = solved(case, bits)
     rotated = rotate(batch.q, key_sketch.rotation_signs(case.head_dim))
     got = score(batch, codes, scale, bits, backend, q=rotated)
-    # The query is rounded to 16 bits: half a step per element, times scale * code.
-    step = batch.sm_scale * rotated.abs().amax(2).double() / 32767
-    reach = scale[..., 0].double() * unpack(codes, bits).sum(-1, dtype=torch.float64)
+    step = query_step(rotated, batch.sm_scale, backend)
+    reach = scale[..., 0].double() * code_distance(codes, bits)
     for row in range(len(case.lens)):
         pages = batch.pages(row)
         if len(pages) == 0:
@@ -138,12 +141,24 @@ def test_only_candidates_are_scored(bits: int, backend: str) -> None:
         pages = batch.pages(row)
         for head in range(case.num_kv_heads):
             scale[pages[candidates[row, head, : len(pages)] == 0], head] = float("nan")
-    got = score(batch, codes, scale, bits, backend, watermark=watermark, candidates=candidates)
+    before = torch.randn(4, 6, shape[2], generator=rng)
+    before[0, :, 7], before[2, :, 0] = float("inf"), float("-inf")
+    log_mass = before.clone()
+    got = score(
+        batch,
+        codes,
+        scale,
+        bits,
+        backend,
+        watermark=watermark,
+        candidates=candidates,
+        log_mass=log_mass,
+    )
+    assert got is log_mass
     for row in (0, 2, 3):
         count = len(batch.pages(row))
         chosen = candidates[row, :, :count].repeat_interleave(case.group, 0).bool()
-        want = full[row, :, :count].masked_fill(~chosen, float("-inf"))
-        want[torch.isposinf(full[row, :, :count])] = float("inf")
+        want = torch.where(chosen, full[row, :, :count], before[row, :, :count])
         assert torch.equal(got[row, :, :count], want)
 
 
@@ -168,6 +183,11 @@ def test_bad_shapes_are_refused() -> None:
     codes, scale = make_sketch(batch, 2, "reference")
     with pytest.raises(ValueError, match="candidates must have shape"):
         score(batch, codes, scale, 2, "cpu", candidates=torch.ones(1, 2, 1, dtype=torch.uint8))
+    flags = torch.ones(1, 2, batch.page_table.shape[1], dtype=torch.uint8)
+    with pytest.raises(ValueError, match="candidates need log_mass"):
+        score(batch, codes, scale, 2, "cpu", candidates=flags)
+    with pytest.raises(ValueError, match="log_mass must have shape"):
+        score(batch, codes, scale, 2, "cpu", log_mass=torch.zeros(1, 4, 1))
     signs = key_sketch.rotation_signs(64)
     pair = torch.zeros(*scale.shape[:3], 2, dtype=torch.float16)
     with pytest.raises(ValueError, match="affine must have shape"):

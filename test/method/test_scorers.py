@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sgl_psa_kernels.candidate_pages import candidate_pages
 
 from sgl_psa.config import ConfigError, PSAConfig, ScorerName
 from sgl_psa.scorers import SCORERS, CacheShape, Scorer, make_scorer
 from sgl_psa.scorers.base import PageBatch
-from sgl_psa.scorers.candidates import choose_candidates
 from test.method.cache import PAGE, Cache, make_cache
 
 KV_HEADS, GROUP, DIM = 2, 3, 64
@@ -161,7 +161,15 @@ def test_two_level_reads_the_second_level_of_candidates_only(backend) -> None:
     first = filled(config_of("rotated_sketch", sketch_bits=1), cache, backend)
     second = filled(config_of("rotated_sketch", sketch_bits=2), cache, backend)
     coarse, fine = (s.score(0, q, batch, SCALE) for s in (first, second))
-    candidates = choose_candidates(coarse, batch, KV_HEADS, PAGE, 5)
+    candidates = candidate_pages(
+        coarse,
+        batch.seq_lens,
+        batch.active,
+        num_kv_heads=KV_HEADS,
+        page_size=PAGE,
+        count=5,
+        backend=backend,
+    ).flags
     count = -(-LENGTHS[0] // PAGE)
     chosen = candidates[0, :, :count].bool().repeat_interleave(GROUP, 0)
     want = torch.where(chosen, fine[0, :, :count], coarse[0, :, :count])
@@ -172,29 +180,6 @@ def test_two_level_reads_the_second_level_of_candidates_only(backend) -> None:
     expected = pages[:, None] * first.bytes_per_page + candidates.sum(-1) * second.bytes_per_page
     assert torch.equal(read, expected.float())
     assert (candidates.sum(-1) <= 5).all() and (candidates[0].sum(-1) > 0).all()
-
-
-def test_candidates_have_the_largest_shares_and_stale_pages_are_none() -> None:
-    # Two heads of one group: the first spreads its mass, the second puts it on one page.
-    log_mass = torch.tensor(
-        [[[9.0, 8.0, 8.5, float("inf"), -9.0], [0.0, 3.0, -1.0, float("inf"), -7.0]]]
-    )
-    batch = PageBatch(
-        torch.zeros(1, 5, dtype=torch.int32),
-        torch.tensor([4 * PAGE + 1], dtype=torch.int32),
-        torch.ones(1, dtype=torch.uint8),
-    )
-
-    def choose(count: int, **replace: torch.Tensor) -> list[int]:
-        chosen = choose_candidates(log_mass, batch._replace(**replace), 1, PAGE, count)
-        assert chosen.dtype == torch.uint8 and chosen.shape == (1, 1, 5)
-        return chosen[0, 0].tolist()
-
-    assert choose(9) == choose(4) == [1, 1, 1, 0, 1]
-    assert [choose(n) for n in (1, 2, 3)] == [[0, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
-    assert choose(9, seq_lens=torch.tensor([2 * PAGE], dtype=torch.int32)) == [1, 1, 0, 0, 0]
-    assert choose(2, seq_lens=torch.zeros(1, dtype=torch.int32)) == [0] * 5
-    assert choose(2, active=batch.active * 0) == [0] * 5
 
 
 def test_two_levels_of_one_bit_are_refused() -> None:

@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 OK = 0
 BAD_SEQ_LEN = 1
@@ -90,10 +90,21 @@ class SummaryUpdateArgs(ctypes.Structure):
     ]
 
 
+class CandidateArgs(ctypes.Structure):
+    """PsaCandidateArgs."""
+
+    _fields_ = [
+        *_fields(c_int32, "batch num_qo_heads num_kv_heads page_size"),
+        *_fields(c_int32, "max_pages count num_threads error_index"),
+        *_fields(c_void_p, "log_mass seq_lens active candidates chosen"),
+    ]
+
+
 FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "psa_progressive_decode": DecodeArgs,
     "psa_sketch_score": SketchScoreArgs,
     "psa_summary_score": SummaryScoreArgs,
     "psa_sketch_write": SketchWriteArgs,
     "psa_summary_update": SummaryUpdateArgs,
+    "psa_candidate_pages": CandidateArgs,
 }

@@ -83,7 +83,8 @@ def call(op: str, function: str, args: ctypes.Structure) -> None:
     messages = {
         abi.BAD_SEQ_LEN: f"seq_lens[{index}] is negative or needs more pages than page_table has",
         abi.BAD_PAGE: f"row or element {index} names a page outside of the pool",
-        abi.BAD_MODE: f"mode[{index}] must be 0 (dense), 1 (marginal), 2 (coverage) or 3 (conservative)",
+        abi.BAD_MODE: f"mode[{index}] must be 0 (dense), 1 (marginal), 2 (coverage) or "
+        "3 (conservative)",
         abi.NO_LOG_MASS: f"row {index} is not dense and needs log_mass; score the pages first",
         abi.BAD_SLOT: f"slots[{index}] lies outside of the pool",
         abi.BAD_FILL: f"fill[{index}] must be 1..page_size",

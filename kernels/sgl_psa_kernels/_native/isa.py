@@ -21,20 +21,21 @@ class ISA:
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 
+_AVX512 = (
+    *_AVX2,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mprefer-vector-width=512",
+)
+_AVX2_CPU = frozenset({"avx2", "fma", "f16c"})
+_AVX512_CPU = _AVX2_CPU | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+
 ISAS = (
-    ISA(
-        "avx512",
-        frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"}),
-        (
-            *_AVX2,
-            "-mavx512f",
-            "-mavx512bw",
-            "-mavx512vl",
-            "-mavx512dq",
-            "-mprefer-vector-width=512",
-        ),
-    ),
-    ISA("avx2", frozenset({"avx2", "fma", "f16c"}), _AVX2),
+    ISA("avx512vnni", _AVX512_CPU | {"avx512_vnni"}, (*_AVX512, "-mavx512vnni")),
+    ISA("avx512", _AVX512_CPU, _AVX512),
+    ISA("avx2", _AVX2_CPU, _AVX2),
     ISA("portable", frozenset(), ()),
 )
 """Best first."""

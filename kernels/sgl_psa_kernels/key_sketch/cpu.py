@@ -48,6 +48,7 @@ def score(
     seq_lens: torch.Tensor,
     active: torch.Tensor,
     candidates: torch.Tensor | None,
+    log_mass: torch.Tensor | None,
     *,
     bits: int,
     page_size: int,
@@ -55,8 +56,9 @@ def score(
 ) -> torch.Tensor:
     """See :func:`sgl_psa_kernels.key_sketch.score`."""
     op = "key_sketch.score"
-    require_cpu(op, q, codes, affine, watermark, page_table, seq_lens, active, candidates)
-    log_mass = torch.empty(q.shape[0], q.shape[1], page_table.shape[1], dtype=torch.float32)
+    require_cpu(op, q, codes, affine, watermark, page_table, seq_lens, active, candidates, log_mass)
+    if log_mass is None:
+        log_mass = torch.empty(q.shape[0], q.shape[1], page_table.shape[1], dtype=torch.float32)
     args = abi.SketchScoreArgs(
         rows=rows(
             op,

@@ -4,7 +4,7 @@ import torch
 
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.key_sketch.codes import affine_codes, rotated_codes
-from sgl_psa_kernels.key_sketch.packing import pack, unpack
+from sgl_psa_kernels.key_sketch.packing import byte_places, pack, packed_rows, unpack
 
 
 def write(
@@ -29,7 +29,10 @@ def write(
     coded = affine_codes(keys, bits) if signs is None else rotated_codes(keys, bits, signs)
     pages = slots // page_size
     offsets = slots % page_size
-    codes[pages, :, offsets] = pack(coded[0], bits)
+    heads = torch.arange(codes.shape[1], device=codes.device)
+    places = byte_places(offsets, page_size, codes.shape[3])
+    stored = codes.view(*codes.shape[:2], -1)
+    stored[pages[:, None, None], heads[:, None], places[:, None]] = pack(coded[0], bits)
     affine[pages, :, offsets] = coded[1]
 
 
@@ -50,6 +53,7 @@ def score(
     seq_lens: torch.Tensor,
     active: torch.Tensor,
     candidates: torch.Tensor | None,
+    log_mass: torch.Tensor | None,
     *,
     bits: int,
     page_size: int,
@@ -59,7 +63,8 @@ def score(
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, num_qo_heads, _ = q.shape
     num_kv_heads = codes.shape[1]
-    log_mass = torch.full((batch, num_qo_heads, page_table.shape[1]), float("nan"), dtype=work)
+    if log_mass is None:
+        log_mass = torch.full((batch, num_qo_heads, page_table.shape[1]), float("nan"), dtype=work)
     for b in range(batch):
         if not active[b]:
             continue
@@ -69,7 +74,8 @@ def score(
             continue
         pages = page_table[b, :n].long()
         scale, zero = scale_and_zero(affine[pages].to(work), bits)
-        keys = zero.unsqueeze(-1) + scale.unsqueeze(-1) * unpack(codes[pages], bits).to(work)
+        coded = unpack(packed_rows(codes[pages]), bits).to(work)
+        keys = zero.unsqueeze(-1) + scale.unsqueeze(-1) * coded
         heads = q[b].to(work).unflatten(0, (num_kv_heads, -1))
         # [Hkv, G, n, P]
         logits = sm_scale * torch.einsum("hgd,nhpd->hgnp", heads, keys)
@@ -77,10 +83,11 @@ def score(
         logits = logits.masked_fill(position >= seq_len, float("-inf"))
         estimate = torch.logsumexp(logits, dim=-1)
         estimate = estimate.masked_fill(~(estimate < float("inf")), float("inf"))
-        if candidates is not None:
-            skipped = candidates[b, :, None, :n] == 0
-            estimate = estimate.masked_fill(skipped, float("-inf"))
         tokens = (seq_len - page_size * torch.arange(n)).clamp(max=page_size)
         stale = watermark[pages] < tokens
-        log_mass[b, :, :n] = estimate.flatten(0, 1).masked_fill(stale, float("inf"))
+        estimate = estimate.masked_fill(stale, float("inf"))
+        kept = log_mass[b, :, :n].unflatten(0, (num_kv_heads, -1))
+        if candidates is not None:
+            estimate = torch.where(candidates[b, :, None, :n] == 0, kept, estimate)
+        kept.copy_(estimate)
     return log_mass

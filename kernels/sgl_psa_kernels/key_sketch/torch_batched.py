@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sgl_psa_kernels.key_sketch.packing import unpack
+from sgl_psa_kernels.key_sketch.packing import packed_rows, unpack
 from sgl_psa_kernels.key_sketch.reference import scale_and_zero
 
 #: Pages unpacked at once; bounds the memory of the unpacked keys.
@@ -20,6 +20,7 @@ def score(
     seq_lens: torch.Tensor,
     active: torch.Tensor,
     candidates: torch.Tensor | None,
+    log_mass: torch.Tensor | None,
     *,
     bits: int,
     page_size: int,
@@ -35,7 +36,8 @@ def score(
         pages = table[:, start : start + CHUNK]
         used = tokens[:, start : start + CHUNK]
         scale, zero = scale_and_zero(affine[pages].float(), bits)  # [B, K, Hkv, P]
-        dots = torch.einsum("bhgd,bkhpd->bhgkp", x, unpack(codes[pages], bits).float())
+        keys = unpack(packed_rows(codes[pages]), bits).float()
+        dots = torch.einsum("bhgd,bkhpd->bhgkp", x, keys)
         shift = x.sum(-1)[..., None, None] * zero.movedim(1, 2)[:, :, None]
         logits = dots * scale.movedim(1, 2)[:, :, None] + shift
         live = torch.arange(page_size, device=q.device) < used[..., None]
@@ -43,8 +45,11 @@ def score(
         estimate = torch.logsumexp(logits, -1)
         stale = (watermark[pages] < used)[:, None, None]
         estimate = estimate.masked_fill(~(estimate < float("inf")), float("inf"))
-        if candidates is not None:
-            skipped = candidates[:, :, None, start : start + CHUNK] == 0
-            estimate = estimate.masked_fill(skipped, float("-inf"))
         parts.append(estimate.masked_fill(stale, float("inf")))
-    return torch.cat(parts, -1).flatten(1, 2)
+    estimate = torch.cat(parts, -1)
+    if log_mass is None:
+        return estimate.flatten(1, 2)
+    if candidates is not None:
+        kept = log_mass.unflatten(1, estimate.shape[1:3])
+        estimate = torch.where(candidates[:, :, None] == 0, kept, estimate)
+    return log_mass.copy_(estimate.flatten(1, 2))

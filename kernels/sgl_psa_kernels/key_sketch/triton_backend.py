@@ -46,6 +46,7 @@ def score(
     seq_lens: torch.Tensor,
     active: torch.Tensor,
     candidates: torch.Tensor | None,
+    log_mass: torch.Tensor | None,
     *,
     bits: int,
     page_size: int,
@@ -56,7 +57,8 @@ def score(
     module = kernels("key_sketch.score", "key_sketch.triton_score", *given)
     batch, num_q, dim = q.shape
     num_kv, pages, width = codes.shape[1], page_table.shape[1], codes.shape[3]
-    log_mass = torch.empty(batch, num_q, pages, dtype=torch.float32, device=q.device)
+    if log_mass is None:
+        log_mass = torch.empty(batch, num_q, pages, dtype=torch.float32, device=q.device)
     if log_mass.numel() == 0:
         return log_mass
     split = q.dtype == torch.float32

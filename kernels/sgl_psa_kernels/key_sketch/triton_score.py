@@ -16,7 +16,7 @@ def score(
     WIDTH: tl.constexpr, WIDTH_T: tl.constexpr,
     PAGE: tl.constexpr, PAGES: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Estimates of a tile of pages. Grid (B * Hkv, tiles).
+    """Estimates of a tile of pages; no candidates keep theirs. Grid (B * Hkv, tiles).
 
     The codes of one plane are a matrix of small integers, exact in the product's type DOT; a
     product a plane. ``SPLIT``: float32 queries, as two numbers of DOT each.
@@ -91,7 +91,6 @@ def score(
                 mass = log_add(mass, page_masses(logits, PAGES, PART))
         # NaN is not below infinity either.
         mass = tl.where(mass < float("inf"), mass, float("inf"))
-        mass = tl.where(skipped[None, :], float("-inf"), mass)
         mass = tl.where(stale[None, :], float("inf"), mass)
         to = log_mass + (r * G + g)[:, None] * M + page[None, :]
-        tl.store(to, mass, mask=(g < G)[:, None] & inside[None, :])
+        tl.store(to, mass, mask=(g < G)[:, None] & (inside & (skipped == 0))[None, :])

@@ -104,8 +104,8 @@ extern "C" int psa_progressive_decode(PsaDecodeArgs* args) {
 extern "C" int psa_struct_size(int index) {
   constexpr int sizes[] = {sizeof(PsaDecodeArgs), sizeof(PsaSketchScoreArgs),
                            sizeof(PsaSummaryScoreArgs), sizeof(PsaSketchWriteArgs),
-                           sizeof(PsaSummaryUpdateArgs)};
-  return index >= 0 && index < 5 ? sizes[index] : -1;
+                           sizeof(PsaSummaryUpdateArgs), sizeof(PsaCandidateArgs)};
+  return index >= 0 && index < 6 ? sizes[index] : -1;
 }
 extern "C" int psa_abi_version(void) { return PSA_ABI_VERSION; }
 extern "C" const char* psa_isa(void) { return PSA_ISA; }

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PSA_ABI_VERSION 3
+#define PSA_ABI_VERSION 4
 #define PSA_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -83,13 +83,24 @@ typedef struct {
 typedef struct {
   PsaRows rows;
   int32_t bits, affine_width; /* 2: (scale, zero); 1: scale of rotated sketches */
-  const uint8_t *codes;       /* [num_pages, num_kv_heads, page_size, head_dim * bits / 8] */
+  const uint8_t *codes;       /* [num_pages, num_kv_heads, page_size, head_dim * bits / 8], as
+                                 sketch_layout.h orders the last two dimensions */
   const uint16_t *affine;     /* fp16 [num_pages, num_kv_heads, page_size, affine_width] */
   const int32_t *watermark;
   const uint8_t *active;
-  const uint8_t *candidates; /* [batch, num_kv_heads, max_pages] or NULL */
-  float *log_mass;
+  const uint8_t *candidates; /* [batch, num_kv_heads, max_pages] or NULL: all pages */
+  float *log_mass;           /* pages that are no candidates keep what is there */
 } PsaSketchScoreArgs;
+
+typedef struct {
+  int32_t batch, num_qo_heads, num_kv_heads, page_size;
+  int32_t max_pages, count, num_threads, error_index;
+  const float *log_mass; /* [batch, num_qo_heads, max_pages] */
+  const int32_t *seq_lens;
+  const uint8_t *active;
+  uint8_t *candidates; /* [batch, num_kv_heads, max_pages] */
+  int32_t *chosen;     /* [batch, num_kv_heads], how many */
+} PsaCandidateArgs;
 
 typedef struct {
   PsaRows rows;
@@ -132,6 +143,7 @@ PSA_EXPORT int psa_sketch_score(PsaSketchScoreArgs *args);
 PSA_EXPORT int psa_summary_score(PsaSummaryScoreArgs *args);
 PSA_EXPORT int psa_sketch_write(PsaSketchWriteArgs *args);
 PSA_EXPORT int psa_summary_update(PsaSummaryUpdateArgs *args);
+PSA_EXPORT int psa_candidate_pages(PsaCandidateArgs *args);
 
 #ifdef __cplusplus
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -16,7 +17,11 @@ namespace psa {
 constexpr int LANES = 16;
 constexpr int HEAD_BLOCK = 4;  // query heads that share one pass over K or V (register budget)
 #define PSA_WIDTH 512
+#if defined(__AVX512VNNI__)
+#define PSA_ISA "avx512vnni"
+#else
 #define PSA_ISA "avx512"
+#endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 constexpr int LANES = 8;
 constexpr int HEAD_BLOCK = 2;
@@ -34,7 +39,6 @@ typedef int32_t I __attribute__((vector_size(LANES * 4)));
 typedef uint32_t U __attribute__((vector_size(LANES * 4)));
 typedef uint16_t H __attribute__((vector_size(LANES * 2)));  // LANES halves
 typedef int16_t S __attribute__((vector_size(LANES * 4)));   // 2 * LANES shorts
-typedef uint8_t Bytes __attribute__((vector_size(LANES * 2)));  // 2 * LANES bytes
 typedef float F4 __attribute__((vector_size(16)));
 typedef int32_t I4 __attribute__((vector_size(16)));
 
@@ -57,11 +61,30 @@ inline I iota() {
   for (int i = 0; i < LANES; i++) v[i] = i;
   return v;
 }
+// b if either is NaN
+#if PSA_WIDTH == 512
+inline F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+inline F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif PSA_WIDTH == 256
+inline F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+inline F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F min(F a, F b) { return a < b ? a : b; }
+#endif
 inline F abs(F a) { return (F)((I)a & 0x7fffffff); }
 // to nearest, ties to even; |x| < 2^22
 inline F round_small(F x) { return (x + 12582912.0f) - 12582912.0f; }
+
+template <class Fn, int... INDEX>
+__attribute__((always_inline)) inline void unrolled(Fn f, std::integer_sequence<int, INDEX...>) {
+  (f(std::integral_constant<int, INDEX>{}), ...);
+}
+// f(0), ..., f(N - 1) with constant arguments: arrays so indexed can live in registers.
+template <int N, class Fn>
+__attribute__((always_inline)) inline void unrolled(Fn f) {
+  unrolled(f, std::make_integer_sequence<int, N>{});
+}
 
 inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -107,7 +130,6 @@ inline F4 hmax4(F a, F b, F c, F d) {
 }
 inline F half_to_float(H h) { return (F)_mm512_cvtph_ps((__m256i)h); }
 inline U widen(H h) { return (U)_mm512_cvtepu16_epi32((__m256i)h); }
-inline S widen(Bytes b) { return (S)_mm512_cvtepu8_epi16((__m256i)b); }
 // a[2i] * b[2i] + a[2i+1] * b[2i+1]
 inline I madd(S a, S b) { return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 #elif PSA_WIDTH == 256
@@ -135,7 +157,6 @@ inline F4 hmax4(F a, F b, F c, F d) {
 }
 inline F half_to_float(H h) { return (F)_mm256_cvtph_ps((__m128i)h); }
 inline U widen(H h) { return (U)_mm256_cvtepu16_epi32((__m128i)h); }
-inline S widen(Bytes b) { return (S)_mm256_cvtepu8_epi16((__m128i)b); }
 inline I madd(S a, S b) { return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 #else
 #if defined(__SSE2__)
@@ -163,7 +184,6 @@ inline I4 hsum4(I a, I b, I c, I d) {
             d[0] + d[1] + d[2] + d[3]};
 }
 inline U widen(H h) { return __builtin_convertvector(h, U); }
-inline S widen(Bytes b) { return __builtin_convertvector(b, S); }
 // IEEE half by exponent shift: the multiplication makes subnormals right, the test inf and NaN
 inline F half_to_float(H h) {
   U u = __builtin_convertvector(h, U);

@@ -1,195 +1,237 @@
 // Log masses of pages from key sketches.
 //
-// s_i = x . (zero_i + scale_i code_i) = zero_i sum(x) + scale_i (x . code_i): one integer dot
-// product per token and head; the codes are unpacked once for all heads of the group. Rotated
-// sketches store no zero: it is -(2^bits - 1) / 2 scales.
+// A vector holds the same four bytes of LANES keys, so that one product-and-add meets LANES tokens
+// and their dot products need no sum across lanes. Codes are taken out of a column once for the
+// (up to four) query heads of a block. Rotated sketches store no zero: it is -(2^bits - 1) / 2
+// scales. Logits are in bits, see byte_query.h.
+#include "byte_query.h"
 #include "score_rows.h"
-#include "sketch_codes.h"
 
 namespace psa {
 namespace {
 
+constexpr float LN_2 = 0.693147180559945309f;
+constexpr int MAX_HEADS = 4;  // query heads that share one pass over a page
+constexpr int AHEAD = 16;     // how many (page, head) earlier codes are prefetched
+
 struct Scorer {
   const PsaSketchScoreArgs& a;
   const PsaRows& r;
-  const int group, width, vectors, pitch;
+  const SketchLayout layout;
+  const int group;
 
   explicit Scorer(const PsaSketchScoreArgs& args)
       : a(args),
         r(args.rows),
-        group(r.num_qo_heads / r.num_kv_heads),
-        width(r.head_dim * a.bits / 8),
-        vectors(num_vectors(width, a.bits)),
-        pitch((r.page_size + LANES - 1) / LANES * LANES + 4) {}
+        layout(r.page_size, r.head_dim, a.bits),
+        group(r.num_qo_heads / r.num_kv_heads) {}
 
   const uint8_t* codes(int page, int head) const {
-    return a.codes + ((int64_t)page * r.num_kv_heads + head) * r.page_size * width;
+    return a.codes + ((int64_t)page * r.num_kv_heads + head) * layout.page_bytes();
   }
   const uint16_t* affine(int page, int head) const {
     return a.affine + ((int64_t)page * r.num_kv_heads + head) * r.page_size * a.affine_width;
   }
-  bool wanted(int row, int page, int head) const {
-    return !a.candidates ||
-           a.candidates[((int64_t)row * r.num_kv_heads + head) * r.max_pages + page];
+  void prefetch(int page, int head) const {
+    prefetch_range(codes(page, head), layout.page_bytes());
+    prefetch_range(affine(page, head), (int64_t)r.page_size * 2 * a.affine_width);
   }
+  // Whether columns are whole vectors of words.
+  bool whole() const { return layout.tile % LANES == 0 && layout.width % 4 == 0; }
 };
 
-// dots[g][t] = query g . codes of token t, for all heads of the group. NV: vectors per key at
-// compile time, or 0.
-template <int BITS, Blocks KIND, int NV>
-void dot_codes(const Scorer& s, const ShortQuery* q, const uint8_t* codes, int tokens,
-               S* unpacked, float* dots) {
-  const int vectors = NV ? NV : s.vectors;
-  for (int t = 0; t < tokens; t += 4) {
-    S fixed[NV ? 4 * NV : 1];
-    S* v = NV ? fixed : unpacked;
-    for (int u = 0; u < 4; u++) {
-      const uint8_t* packed = codes + (int64_t)std::min(t + u, tokens - 1) * s.width;
-      unpack<BITS, KIND>(packed, s.width, [&](int i, S x) { v[u * vectors + i] = x; });
-    }
-    for (int g = 0; g < s.group; g++) {
-      const S* query = reinterpret_cast<const S*>(q[g].shorts);
-      I sum[4] = {};
-      for (int i = 0; i < vectors; i++)
-        for (int u = 0; u < 4; u++) sum[u] += madd(v[u * vectors + i], query[i]);
-      const I4 d = hsum4(sum[0], sum[1], sum[2], sum[3]);
-      storeu(dots + g * s.pitch + t, __builtin_convertvector(d, F4));
-    }
+// (scale, zero) of min(LANES, count) keys. Not a number where no sketch exists.
+inline void load_affine(const uint16_t* affine, int width, int count, float middle, F& scale,
+                        F& zero) {
+  if (width == 2) {
+    U both{};
+    if (count >= LANES)
+      both = loadu<U>(affine);
+    else
+      std::memcpy(&both, affine, count * 4);
+    scale = half_to_float(__builtin_convertvector(both & 0xffffu, H));
+    zero = half_to_float(__builtin_convertvector(both >> 16, H));
+    zero += (scale + zero) * 0.0f;  // an infinite pair may not look like a small logit
+  } else {
+    H h{};
+    if (count >= LANES)
+      h = loadu<H>(affine);
+    else
+      std::memcpy(&h, affine, count * 2);
+    scale = half_to_float(h);
+    zero = scale * -middle;
   }
 }
 
-// LANES (scale, zero) pairs; pairs behind `count` are not read.
-inline void load_affine(const uint16_t* pairs, int count, F& scale, F& zero) {
-  U both{};
-  if (count >= LANES)
-    both = loadu<U>(pairs);
-  else
-    std::memcpy(&both, pairs, count * 4);
-  scale = half_to_float(__builtin_convertvector(both & 0xffffu, H));
-  zero = half_to_float(__builtin_convertvector(both >> 16, H));
+template <bool WHOLE>
+inline U load_column(const uint8_t* column, int bytes, int tokens) {
+  if constexpr (WHOLE) return loadu<U>(column);
+  uint32_t words[LANES] = {};
+  for (int t = 0; t < tokens; t++) std::memcpy(words + t, column + t * bytes, bytes);
+  return loadu<U>(words);
 }
 
-// LANES scales; those behind `count` are not read.
-inline F load_scales(const uint16_t* scales, int count) {
-  H h{};
-  if (count >= LANES)
-    h = loadu<H>(scales);
-  else
-    std::memcpy(&h, scales, count * 2);
-  return half_to_float(h);
-}
+// One page for HEADS query heads: its log mass is top[g * BLOCK_PAGES] + log(sum[g * BLOCK_PAGES]).
+// spilled: HEADS vectors for every LANES tokens of a page. WHOLE: Scorer::whole().
+template <int BITS, int HEADS, bool WHOLE>
+void page_mass(const Scorer& s, const ByteQuery* q, const uint8_t* codes, const uint16_t* affine,
+               int tokens, F* spilled, float* top, float* sum) {
+  using Dot = ByteDot<BITS>;
+  constexpr int PLANES = 8 / BITS;
+  const SketchLayout& layout = s.layout;
+  const int columns = layout.columns, step = std::min(layout.tile, LANES);
 
-// top[g] and sum[g] such that the page's log mass of head g is top + log(sum).
-inline void page_mass(const Scorer& s, const ShortQuery* q, const uint16_t* affine, int tokens,
-                      float* dots, float* top, float* sum, int stride) {
-  const float middle = -0.5f * (float)((1 << s.a.bits) - 1);
-  for (int t = 0; t < tokens; t += LANES) {
+  const auto logits = [&](int t, F* logit) __attribute__((always_inline)) {
+    Dot dots[HEADS * Dot::CHAINS];
+    const uint8_t* column = codes + t / layout.tile * layout.tile * layout.width;
+    const int lane = t % layout.tile;
+    for (int c = 0; c < columns; c++) {
+      const int bytes = WHOLE ? 4 : layout.column_bytes(c);
+      const U packed = load_column<WHOLE>(column + lane * bytes, bytes, step);
+      column += bytes * layout.tile;
+      unrolled<PLANES>([&](auto p) __attribute__((always_inline)) {
+        const Codes four = plane<BITS>(packed, p);
+        const int at = (p * columns + c) * QUERY_WORDS;
+        unrolled<HEADS>([&](auto g) __attribute__((always_inline)) {
+          dots[g * Dot::CHAINS + p % Dot::CHAINS].add(four, q[g].words + at);
+        });
+      });
+      if (Dot::STEPS && (c + 1) % std::max(Dot::STEPS, 1) == 0)
+        unrolled<HEADS>([&](auto g) { dots[g * Dot::CHAINS].settle(); });
+    }
+    unrolled<HEADS>([&](auto g) { dots[g * Dot::CHAINS].settle(); });
     F scale, zero;
-    if (s.a.affine_width == 2) {
-      load_affine(affine + 2 * t, tokens - t, scale, zero);
-    } else {
-      scale = load_scales(affine + t, tokens - t);
-      zero = scale * middle;
+    const float middle = 0.5f * (float)((1 << BITS) - 1);
+    load_affine(affine + t * s.a.affine_width, s.a.affine_width, step, middle, scale, zero);
+    unrolled<HEADS>([&](auto g) __attribute__((always_inline)) {
+      I total = dots[g * Dot::CHAINS].total;
+      unrolled<Dot::CHAINS - 1>([&](auto i) { total += dots[g * Dot::CHAINS + i + 1].total; });
+      const F dot = __builtin_convertvector(total, F) * q[g].step + q[g].bias;
+      logit[g] = scale * dot + zero * q[g].sum;
+    });
+    if (tokens - t < LANES) {
+      const I inside = iota() + t < tokens;
+      unrolled<HEADS>([&](auto g) { logit[g] = inside ? logit[g] : set1(-INF); });
     }
-    const I inside = iota() + t < tokens;
-    for (int g = 0; g < s.group; g++) {
-      float* d = dots + g * s.pitch + t;
-      const F logit = loadu<F>(d) * (scale * q[g].step) + zero * q[g].sum;
-      storeu(d, inside ? logit : set1(-INF));
-    }
+  };
+
+  F x[HEADS], m[4], e[4];
+  logits(0, x);
+  unrolled<HEADS>([&](auto g) { m[g] = x[g]; });
+  for (int t = step; t < tokens; t += step) {
+    F more[HEADS];
+    logits(t, more);
+    unrolled<HEADS>([&](auto g) {
+      spilled[t / step * HEADS + g] = more[g];
+      m[g] = max(m[g], more[g]);
+    });
   }
-  for (int g = 0; g < s.group; g += 4) {
-    // Four heads share the steps across lanes; behind the last head the first one is repeated.
-    const float* d[4];
-    F m[4], e[4];
-    for (int i = 0; i < 4; i++) {
-      d[i] = dots + (g + i < s.group ? g + i : g) * s.pitch;
-      m[i] = loadu<F>(d[i]);
-      for (int t = LANES; t < tokens; t += LANES) m[i] = max(m[i], loadu<F>(d[i] + t));
-    }
-    const F4 largest = hmax4(m[0], m[1], m[2], m[3]);
-    for (int i = 0; i < 4; i++) {
-      e[i] = exp(loadu<F>(d[i]) - largest[i]);
-      for (int t = LANES; t < tokens; t += LANES) e[i] += exp(loadu<F>(d[i] + t) - largest[i]);
-    }
-    const F4 total = hsum4(e[0], e[1], e[2], e[3]);
-    for (int i = 0; i < 4 && g + i < s.group; i++) {
-      top[(g + i) * stride] = largest[i];
-      sum[(g + i) * stride] = total[i];
-    }
+  unrolled<4 - HEADS>([&](auto g) { m[HEADS + g] = m[0]; });
+  const F4 largest = hmax4(m[0], m[1], m[2], m[3]);
+  unrolled<HEADS>([&](auto g) { e[g] = exp2(x[g] - largest[g()]); });
+  for (int t = step; t < tokens; t += step)
+    unrolled<HEADS>([&](auto g) { e[g] += exp2(spilled[t / step * HEADS + g] - largest[g()]); });
+  unrolled<4 - HEADS>([&](auto g) { e[HEADS + g] = e[0]; });
+  const F4 total = hsum4(e[0], e[1], e[2], e[3]), nats = largest * LN_2;
+  unrolled<HEADS>([&](auto g) {
+    top[g * BLOCK_PAGES] = nats[g()];
+    sum[g * BLOCK_PAGES] = total[g()];
+  });
+}
+
+using PageMass = void (*)(const Scorer&, const ByteQuery*, const uint8_t*, const uint16_t*, int,
+                          F*, float*, float*);
+
+// page_mass for 1 .. MAX_HEADS query heads.
+template <int BITS, bool WHOLE>
+constexpr PageMass by_heads[MAX_HEADS] = {page_mass<BITS, 1, WHOLE>, page_mass<BITS, 2, WHOLE>,
+                                          page_mass<BITS, 3, WHOLE>, page_mass<BITS, 4, WHOLE>};
+
+const PageMass* choose(const Scorer& s) {
+  const bool whole = s.whole();
+  switch (s.a.bits) {
+    case 1: return whole ? by_heads<1, true> : by_heads<1, false>;
+    case 2: return whole ? by_heads<2, true> : by_heads<2, false>;
+    default: return whole ? by_heads<4, true> : by_heads<4, false>;
   }
 }
 
-using DotCodes = void (*)(const Scorer&, const ShortQuery*, const uint8_t*, int, S*, float*);
-
-template <int BITS>
-DotCodes dot_codes_for(int width, int vectors) {
-  switch (blocks_kind(width)) {
-    case Blocks::Full: return vectors == 4 ? dot_codes<BITS, Blocks::Full, 4>
-                                           : dot_codes<BITS, Blocks::Full, 0>;
-    case Blocks::Half: return vectors == 2   ? dot_codes<BITS, Blocks::Half, 2>
-                              : vectors == 4 ? dot_codes<BITS, Blocks::Half, 4>
-                                             : dot_codes<BITS, Blocks::Half, 0>;
-    default: return dot_codes<BITS, Blocks::Partial, 0>;
-  }
-}
+struct Item {
+  int32_t column, head;
+};
 
 template <class T>
-void score_block(const Scorer& s, DotCodes dot, const PageBlock& block, Scratch& scratch) {
+void score_block(const Scorer& s, const PageMass* mass, const PageBlock& block, Scratch& scratch) {
   const PsaRows& r = s.r;
   const int heads = r.num_kv_heads, D = r.head_dim;
-  const size_t query_shorts = (size_t)s.vectors * SHORTS;
+  const size_t words = ByteQuery::num_words(s.layout, s.a.bits);
   const size_t cells = (size_t)r.num_qo_heads * BLOCK_PAGES;
-  scratch.reset(Scratch::need<ShortQuery>(r.num_qo_heads) +
-                Scratch::need<int16_t>(query_shorts * r.num_qo_heads) + Scratch::need<float>(D) +
-                Scratch::need<S>(4 * s.vectors) +
-                Scratch::need<float>((size_t)s.group * s.pitch) + 2 * Scratch::need<float>(cells));
-  ShortQuery* q = scratch.take<ShortQuery>(r.num_qo_heads);
-  int16_t* shorts = scratch.take<int16_t>(query_shorts * r.num_qo_heads);
+  const size_t most = (size_t)heads * BLOCK_PAGES, vectors = (size_t)(r.page_size + LANES - 1);
+  scratch.reset(Scratch::need<ByteQuery>(r.num_qo_heads) +
+                Scratch::need<int32_t>(words * r.num_qo_heads) + Scratch::need<float>(D) +
+                Scratch::need<int8_t>(D) + Scratch::need<F>(vectors / LANES * MAX_HEADS) +
+                2 * Scratch::need<float>(cells) + Scratch::need<Item>(most));
+  ByteQuery* q = scratch.take<ByteQuery>(r.num_qo_heads);
+  int32_t* query_words = scratch.take<int32_t>(words * r.num_qo_heads);
   float* work = scratch.take<float>(D);
-  S* unpacked = scratch.take<S>(4 * s.vectors);
-  float* dots = scratch.take<float>((size_t)s.group * s.pitch);
+  int8_t* bytes = scratch.take<int8_t>(D);
+  F* spilled = scratch.take<F>(vectors / LANES * MAX_HEADS);
   float* top = scratch.take<float>(cells);
   float* sum = scratch.take<float>(cells);
+  Item* items = scratch.take<Item>(most);
 
+  float* log_mass = s.a.log_mass + (int64_t)block.row * r.num_qo_heads * r.max_pages + block.begin;
+  for (size_t i = 0; i < cells; i++) sum[i] = 1;
+  if (s.a.candidates)
+    for (int h = 0; h < r.num_qo_heads; h++)
+      std::memcpy(top + h * BLOCK_PAGES, log_mass + (int64_t)h * r.max_pages, block.size() * 4);
+  int count = 0;
+  bool changed = false;
+  const auto add = [&](int column, int head) {
+    changed = true;
+    if (covered(r, s.a.watermark, block.row, block.begin + column))
+      items[count++] = {column, head};
+    else
+      for (int g = 0; g < s.group; g++) top[(head * s.group + g) * BLOCK_PAGES + column] = INF;
+  };
+  if (s.a.candidates) {
+    for (int h = 0; h < heads; h++) {
+      const uint8_t* wanted =
+          s.a.candidates + ((int64_t)block.row * heads + h) * r.max_pages + block.begin;
+      for (int i = 0; i < block.size(); i++)
+        if (wanted[i]) add(i, h);
+    }
+  } else {
+    for (int i = 0; i < block.size(); i++)
+      for (int h = 0; h < heads; h++) add(i, h);
+  }
+  if (!changed) return;
+
+  const int32_t* pages = pages_of(r, block.row) + block.begin;
+  for (int i = 0; i < std::min(AHEAD, count); i++)
+    s.prefetch(pages[items[i].column], items[i].head);
   const T* queries = static_cast<const T*>(r.q) + block.row * r.q_row_stride;
   for (int h = 0; h < r.num_qo_heads; h++) {
-    q[h].shorts = shorts + h * query_shorts;
-    q[h].set(queries + h * r.q_head_stride, D, s.a.bits, r.sm_scale, work);
+    q[h].words = query_words + h * words;
+    q[h].set(queries + h * r.q_head_stride, D, s.a.bits, s.layout, r.sm_scale, work, bytes);
   }
-  for (size_t i = 0; i < cells; i++) sum[i] = 1;
-  const int32_t* pages = pages_of(r, block.row);
-  for (int p = block.begin; p < block.end; p++) {
-    const int column = p - block.begin;
-    if (!covered(r, s.a.watermark, block.row, p)) {
-      for (int h = 0; h < r.num_qo_heads; h++) top[h * BLOCK_PAGES + column] = INF;
-      continue;
-    }
-    const int tokens = tokens_in_page(r, block.row, p);
-    for (int h = 0; h < heads; h++) {
-      const int next = h + 1 == heads ? p + 1 : p, next_head = h + 1 == heads ? 0 : h + 1;
-      if (next < block.end && s.wanted(block.row, next, next_head)) {
-        prefetch_range(s.codes(pages[next], next_head), (int64_t)r.page_size * s.width);
-        prefetch_range(s.affine(pages[next], next_head),
-                       (int64_t)r.page_size * 2 * s.a.affine_width);
-      }
-      const int first = h * s.group;
-      if (!s.wanted(block.row, p, h)) {
-        for (int g = 0; g < s.group; g++) top[(first + g) * BLOCK_PAGES + column] = -INF;
-        continue;
-      }
-      dot(s, q + first, s.codes(pages[p], h), tokens, unpacked, dots);
-      page_mass(s, q + first, s.affine(pages[p], h), tokens, dots,
-                top + first * BLOCK_PAGES + column, sum + first * BLOCK_PAGES + column,
-                BLOCK_PAGES);
+  for (int i = 0; i < count; i++) {
+    if (i + AHEAD < count) s.prefetch(pages[items[i + AHEAD].column], items[i + AHEAD].head);
+    const int column = items[i].column, head = items[i].head, page = pages[column];
+    const int tokens = tokens_in_page(r, block.row, block.begin + column);
+    for (int g = 0; g < s.group; g += MAX_HEADS) {
+      const int first = head * s.group + g, cell = first * BLOCK_PAGES + column;
+      mass[std::min(MAX_HEADS, s.group - g) - 1](s, q + first, s.codes(page, head),
+                                                 s.affine(page, head), tokens, spilled, top + cell,
+                                                 sum + cell);
     }
   }
   for (int h = 0; h < r.num_qo_heads; h++) {
     float* m = top + h * BLOCK_PAGES;
+    // log(1) is 0: what was not scored stays what it is.
     for (int i = 0; i < block.size(); i += LANES)
       storeu(m + i, loadu<F>(m + i) + log(loadu<F>(sum + h * BLOCK_PAGES + i)));
-    const int64_t row = (int64_t)block.row * r.num_qo_heads + h;
-    store_estimates(s.a.log_mass + row * r.max_pages + block.begin, m, block.size());
+    store_estimates(log_mass + (int64_t)h * r.max_pages, m, block.size());
   }
 }
 
@@ -203,16 +245,14 @@ extern "C" int psa_sketch_score(PsaSketchScoreArgs* args) {
   const std::vector<PageBlock> blocks = page_blocks(r, args->active);
   const int count = (int)blocks.size();
   const Scorer scorer(*args);
-  const DotCodes dot = args->bits == 1   ? dot_codes_for<1>(scorer.width, scorer.vectors)
-                       : args->bits == 2 ? dot_codes_for<2>(scorer.width, scorer.vectors)
-                                         : dot_codes_for<4>(scorer.width, scorer.vectors);
+  const PageMass* mass = choose(scorer);
   const bool known = with_dtype(r.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
 #pragma omp parallel num_threads(r.num_threads) if (r.num_threads > 1 && count > 1)
     {
       static thread_local Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
-      for (int i = 0; i < count; i++) score_block<T>(scorer, dot, blocks[i], scratch);
+      for (int i = 0; i < count; i++) score_block<T>(scorer, mass, blocks[i], scratch);
     }
   });
   return known ? PSA_OK : PSA_BAD_DTYPE;

@@ -4,6 +4,7 @@
 #include "elem.h"
 #include "rotation.h"
 #include "scratch.h"
+#include "sketch_layout.h"
 
 namespace psa {
 namespace {
@@ -81,12 +82,28 @@ inline void encode_rotated(const float* x, int dim, int bits, uint16_t* scale, i
   if ((*scale & 0x7c00) == 0x7c00) *scale = 0x7e00;  // a scale that is no number: NaN
 }
 
+// The codes of a key to its columns; `codes` is overwritten.
+inline void store_codes(const SketchLayout& layout, int bits, int offset, int32_t* codes,
+                        uint8_t* page) {
+  const int width = layout.width;
+  for (int p = 1; p < 8 / bits; p++)
+    for (int j = 0; j < width; j++) codes[j] |= codes[p * width + j] << (p * bits);
+  for (int c = 0; c < layout.columns; c++) {
+    uint8_t bytes[4];
+    const int count = layout.column_bytes(c);
+    for (int i = 0; i < count; i++) bytes[i] = (uint8_t)codes[4 * c + i];
+    std::memcpy(page + layout.place(offset, c), bytes, count);
+  }
+}
+
 template <class T>
-void write_key(const PsaSketchWriteArgs& a, int64_t slot, int head, float* x, int32_t* codes) {
-  const int D = a.head_dim, width = D * a.bits / 8;
+void write_key(const PsaSketchWriteArgs& a, const SketchLayout& layout, int64_t slot, int head,
+               float* x, int32_t* codes) {
+  const int D = a.head_dim;
   const T* key = static_cast<const T*>(a.k) + slot * a.k_token_stride + head * a.k_head_stride;
-  const int64_t page = slot / a.page_size, offset = slot % a.page_size;
-  const int64_t at = (page * a.num_kv_heads + head) * a.page_size + offset;
+  const int64_t page = slot / a.page_size * a.num_kv_heads + head;
+  const int offset = (int)(slot % a.page_size);
+  const int64_t at = page * a.page_size + offset;
   if (a.signs) {
     for (int d = 0; d < D; d += LANES) storeu(x + d, load(key + d) * loadu<F>(a.signs + d));
     hadamard(x, D);
@@ -95,12 +112,7 @@ void write_key(const PsaSketchWriteArgs& a, int64_t slot, int head, float* x, in
     for (int d = 0; d < D; d += LANES) storeu(x + d, load(key + d));
     encode(x, D, a.bits, fit(x, D, a.bits, a.affine + at * 2), codes);
   }
-  uint8_t* packed = a.codes + at * width;
-  for (int j = 0; j < width; j++) {
-    int32_t byte = 0;
-    for (int p = 0; p < 8 / a.bits; p++) byte |= codes[p * width + j] << (p * a.bits);
-    packed[j] = (uint8_t)byte;
-  }
+  store_codes(layout, a.bits, offset, codes, a.codes + page * layout.page_bytes());
 }
 
 }  // namespace
@@ -114,6 +126,7 @@ extern "C" int psa_sketch_write(PsaSketchWriteArgs* args) {
       args->error_index = i;
       return PSA_BAD_SLOT;
     }
+  const SketchLayout layout(a.page_size, a.head_dim, a.bits);
   const bool known = with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
 #pragma omp parallel num_threads(a.num_threads) if (a.num_threads > 1 && a.count >= 16)
@@ -124,7 +137,8 @@ extern "C" int psa_sketch_write(PsaSketchWriteArgs* args) {
       int32_t* codes = scratch.take<int32_t>(a.head_dim);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < a.count; i++)
-        for (int h = 0; h < a.num_kv_heads; h++) write_key<T>(a, a.slots[i], h, x, codes);
+        for (int h = 0; h < a.num_kv_heads; h++)
+          write_key<T>(a, layout, a.slots[i], h, x, codes);
     }
   });
   return known ? PSA_OK : PSA_BAD_DTYPE;

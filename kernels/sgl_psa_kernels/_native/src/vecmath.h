@@ -1,4 +1,4 @@
-// exp and log on vectors. Coefficients: Cephes expf / logf (S. Moshier); relative error about 2e-7.
+// exp and log on vectors. Coefficients unless stated otherwise: Cephes expf / logf (S. Moshier); relative error about 2e-7.
 #pragma once
 
 #include "simd.h"
@@ -22,6 +22,20 @@ inline F exp(F x) {
   I exponent = ((I)shifted - 0x4b400000 + 127) << 23;
   F e = p * (F)exponent;
   return x < set1(LOW) ? F{} : e;
+}
+
+// 2^x for x <= 0; below -125 the result is 2^-125; NaN stays NaN. Coefficients: least largest
+// relative error on [-1/2, 1/2], 1e-7.
+inline F exp2(F x) {
+  const F y = max(set1(-125.0f), x);
+  const F shifted = y + 12582912.0f;  // integer part in the low mantissa bits
+  const F r = y - (shifted - 12582912.0f);
+  F p = r * 1.3264727214e-3f + 9.6715128125e-3f;
+  p = p * r + 5.5507337448e-2f;
+  p = p * r + 2.4022242083e-1f;
+  p = p * r + 6.9314697760e-1f;
+  p = p * r + 1.0f;
+  return p * (F)(((I)shifted - 0x4b400000 + 127) << 23);
 }
 
 // x positive and normal; NaN stays NaN.
