@@ -12,14 +12,16 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_backend(asked: str, device: torch.device | str) -> str:
-    """The kernel backend for ``device``: ``"cpu"`` (C++), ``"torch"`` or ``"reference"``.
+    """The kernel backend for ``device``: ``cpu`` (C++), ``triton``, ``torch`` or ``reference``.
 
     Args:
-        asked: one of these, or ``auto``: C++ on CPUs, torch elsewhere.
+        asked: one of these, or ``auto``: C++ on CPUs, torch elsewhere. On CUDA devices ``auto``
+            stays with torch until ``triton`` has been measured on one.
         device: where the KV cache lives.
 
     Raises:
-        ConfigError: ``cpu`` was asked for and cannot run; the message says what is missing.
+        ConfigError: the one that was asked for cannot run on ``device``; the message says what is
+            missing.
     """
     from sgl_psa_kernels._native import native_available
 
@@ -27,6 +29,13 @@ def resolve_backend(asked: str, device: torch.device | str) -> str:
     if asked == "reference" and not on_cpu:
         raise ConfigError(f"backend=reference cannot serve KV on {device}: use auto or torch")
     if asked in ("reference", "torch"):
+        return asked
+    if asked == "triton":
+        from sgl_psa_kernels.triton_support import triton_available
+
+        available, reason = triton_available(device)
+        if not available:
+            raise ConfigError(f"backend=triton cannot serve KV on {device}: {reason}; or use auto")
         return asked
     if not on_cpu:
         if asked == "cpu":

@@ -40,7 +40,7 @@ ScorerName = Literal[
     "two_level",
     "exact",
 ]
-BackendName = Literal["auto", "cpu", "torch", "reference"]
+BackendName = Literal["auto", "cpu", "torch", "triton", "reference"]
 #: Stands for the policy's own default; a constructed PSAConfig holds a scorer's name instead.
 AUTO_SCORER = "auto"
 
@@ -167,7 +167,10 @@ class PSAConfig:
     ] = 0.0
     backend: Annotated[
         BackendName,
-        Meta(description="Kernels: auto, cpu (C++), torch (any device) or reference (slow)."),
+        Meta(
+            description="Kernels: auto, cpu (C++), torch (any device), triton (CUDA) or reference "
+            "(slow).",
+        ),
     ] = "auto"
     candidate_pages: Annotated[
         int,

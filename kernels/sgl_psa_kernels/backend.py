@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+#: Those that run on any machine. "triton" needs a CUDA device (or TRITON_INTERPRET=1).
 BACKENDS = ("reference", "torch", "cpu")
 
 F = TypeVar("F", bound=Callable[..., object])

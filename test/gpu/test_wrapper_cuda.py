@@ -29,15 +29,16 @@ KV_HEADS, GROUP, DIM = 2, 4, 64
 SCALE = DIM**-0.5
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("stop", STOP_RULES)
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("knobs", [{"coverage": 1.0, "delta": 0.0}, {"delta": 1e-12}, {}])
-def test_decode_on_cuda(stop: str, scorer: str, knobs: dict) -> None:
+def test_decode_on_cuda(stop: str, scorer: str, knobs: dict, backend: str) -> None:
     config = dataclasses.replace(PSAConfig(min_context=0), stop=stop, scorer=scorer, **knobs)
     cache = make_cache([1, PAGE + 1, 60 * PAGE + 3], KV_HEADS, DIM, seed=3)
     q = torch.randn(3, KV_HEADS * GROUP, DIM, generator=torch.Generator().manual_seed(4))
     device = torch.device("cuda")
-    backend = resolve_backend("auto", device)
+    assert resolve_backend(backend, device) == backend
     shape = CacheShape(1, cache.num_pages, PAGE, KV_HEADS, DIM, device)
     summaries = make_summaries(config, shape, backend)
     k, v = cache.k.to(device), cache.v.to(device)

@@ -25,6 +25,8 @@ _IMPLEMENTATIONS = {
     "reference": reference.choose_checked,
     "torch": reference.choose,
     "cpu": cpu.choose,
+    # One sort, which torch does on the device; nothing waits for it.
+    "triton": reference.choose,
 }
 
 
@@ -55,7 +57,7 @@ def candidate_pages(
         num_kv_heads: query head h uses KV head h // (Hq // num_kv_heads).
         page_size: tokens per page.
         count: most candidates of a row and KV head, at least 1.
-        backend: "reference", "torch" (any device) or "cpu" (C++).
+        backend: "reference", "torch" (any device), "cpu" (C++) or "triton" (as "torch").
 
     Returns:
         Rows with fewer usable pages than ``count`` have fewer candidates.

@@ -15,12 +15,22 @@ import torch
 
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
-from sgl_psa_kernels.key_sketch import cpu, reference, torch_batched
+from sgl_psa_kernels.key_sketch import cpu, reference, torch_batched, triton_backend
 from sgl_psa_kernels.key_sketch.packing import BITS, packed_bytes
 from sgl_psa_kernels.key_sketch.rotation import rotation_matrix, rotation_signs
 
-_WRITE = {"reference": reference.write, "torch": reference.write, "cpu": cpu.write}
-_SCORE = {"reference": reference.score, "torch": torch_batched.score, "cpu": cpu.score}
+_WRITE = {
+    "reference": reference.write,
+    "torch": reference.write,
+    "cpu": cpu.write,
+    "triton": triton_backend.write,
+}
+_SCORE = {
+    "reference": reference.score,
+    "torch": torch_batched.score,
+    "cpu": cpu.score,
+    "triton": triton_backend.score,
+}
 
 
 def write(
@@ -49,11 +59,11 @@ def write(
         signs: float32 [D], from :func:`rotation_signs`, for rotated sketches.
         bits: 1, 2 or 4 per key element.
         page_size: tokens per page.
-        backend: "reference", "torch" (any device) or "cpu" (C++).
+        backend: "reference", "torch" (any device), "cpu" (C++) or "triton" (CUDA).
 
     Raises:
         ValueError: unknown backend, bad shapes or dtypes, slots outside of the pool.
-        RuntimeError: backend "cpu" without a usable native library.
+        RuntimeError: backend "cpu" without a usable native library, "triton" without a CUDA device.
     """
     op = "key_sketch.write"
     implementation = choose(backend, _WRITE, op)
@@ -106,9 +116,9 @@ def score(
         bits: 1, 2 or 4 per key element.
         page_size: tokens per page.
         sm_scale: softmax scale, usually D ** -0.5.
-        backend: "reference", "torch" (any device) or "cpu" (C++). "cpu" rounds the query to 8
-            bits an element: each is off by at most 1/254 of the head's largest one. That adds less
-            than a tenth to the error of 4-bit codes, also where a few elements are large.
+        backend: "reference", "torch" (any device), "cpu" (C++) or "triton" (CUDA). "cpu" rounds the
+            query to 8 bits an element: each is off by at most 1/254 of the head's largest one. That
+            adds less than a tenth to the error of 4-bit codes, also where a few elements are large.
 
     Returns:
         float32 [B, Hq, max_pages]; +inf where the watermark is below the page's tokens or the
@@ -117,7 +127,7 @@ def score(
 
     Raises:
         ValueError: unknown backend, bad shapes or dtypes, sequences longer than the page table.
-        RuntimeError: backend "cpu" without a usable native library.
+        RuntimeError: backend "cpu" without a usable native library, "triton" without a CUDA device.
     """
     op = "key_sketch.score"
     implementation = choose(backend, _SCORE, op)

@@ -9,11 +9,21 @@ import torch
 
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
-from sgl_psa_kernels.page_summary import cpu, reference, torch_batched
+from sgl_psa_kernels.page_summary import cpu, reference, torch_batched, triton_backend
 from sgl_psa_kernels.page_summary.kinds import VECTORS
 
-_UPDATE = {"reference": reference.update, "torch": torch_batched.update, "cpu": cpu.update}
-_SCORE = {"reference": reference.score, "torch": torch_batched.score, "cpu": cpu.score}
+_UPDATE = {
+    "reference": reference.update,
+    "torch": torch_batched.update,
+    "cpu": cpu.update,
+    "triton": triton_backend.update,
+}
+_SCORE = {
+    "reference": reference.score,
+    "torch": torch_batched.score,
+    "cpu": cpu.score,
+    "triton": triton_backend.score,
+}
 
 
 def update(
@@ -37,12 +47,12 @@ def update(
         summary: bfloat16 [num_pages, Hkv, VECTORS[kind], D], written. A box is rounded outward.
         kind: a key of ``VECTORS``.
         page_size: tokens per page.
-        backend: "reference", "torch" (any device) or "cpu" (C++).
+        backend: "reference", "torch" (any device), "cpu" (C++) or "triton" (CUDA).
 
     Raises:
         ValueError: unknown backend or kind, bad shapes or dtypes, pages outside of the pool, fill
             not in 1 .. page_size.
-        RuntimeError: backend "cpu" without a usable native library.
+        RuntimeError: backend "cpu" without a usable native library, "triton" without a CUDA device.
     """
     op = "page_summary.update"
     implementation = choose(backend, _UPDATE, op)
@@ -84,7 +94,7 @@ def score(
         kind: a key of ``VECTORS``.
         page_size: tokens per page.
         sm_scale: softmax scale, usually D ** -0.5.
-        backend: "reference", "torch" (any device) or "cpu" (C++).
+        backend: "reference", "torch" (any device), "cpu" (C++) or "triton" (CUDA).
 
     Returns:
         float32 [B, Hq, max_pages]; +inf where the watermark is below the page's tokens or the
@@ -94,7 +104,7 @@ def score(
     Raises:
         ValueError: unknown backend or kind, bad shapes or dtypes, sequences longer than the page
             table.
-        RuntimeError: backend "cpu" without a usable native library.
+        RuntimeError: backend "cpu" without a usable native library, "triton" without a CUDA device.
     """
     op = "page_summary.score"
     implementation = choose(backend, _SCORE, op)

@@ -1,0 +1,291 @@
+"""Every Triton operator on a GPU against a float64 run of its reference on the CPU.
+
+    python -m benchmark.gpu.check
+    TRITON_INTERPRET=1 python -m benchmark.gpu.check --device cpu --tiny     # without a GPU
+
+Prints a line a check and exits with 1 if one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from sgl_psa_kernels import page_summary
+from sgl_psa_kernels.key_sketch.packing import packed_rows, unpack
+from sgl_psa_kernels.merge_state import merge_state
+from sgl_psa_kernels.progressive_decode import STAT_NAMES, progressive_decode
+
+from benchmark.gpu.pool import Pool, Sketch, make_pool, make_sketch, score
+
+INF = float("inf")
+#: (mode, threshold, kappa_floor, kappa_std), one a row.
+RULES = (
+    (0, 0.0, 0.0, 0.0),
+    (1, math.log(0.3), 0.0, 0.0),
+    (1, math.log(0.02), 0.0, 0.0),
+    (2, math.log(0.25), 0.0, 1.0),
+    (2, -INF, 0.0, 0.0),
+    (3, math.log(0.25), -INF, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Pages of ``page`` tokens, ``group`` query heads to each of ``kv_heads``."""
+
+    dtype: torch.dtype
+    dim: int
+    page: int
+    kv_heads: int
+    group: int
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{kind} D{self.dim} P{self.page} Hkv{self.kv_heads} G{self.group}"
+
+
+SHAPES = (
+    Shape(torch.bfloat16, 128, 16, 8, 4),
+    Shape(torch.bfloat16, 128, 64, 2, 8),
+    Shape(torch.bfloat16, 64, 32, 4, 1),
+    Shape(torch.float16, 80, 16, 2, 5),
+    Shape(torch.float16, 256, 128, 2, 2),
+    Shape(torch.float32, 96, 8, 2, 3),
+)
+TINY = (Shape(torch.float16, 32, 16, 1, 2),)
+
+
+def pools(shape: Shape, tiny: bool, device: str) -> tuple[Pool, Pool]:
+    """Ragged rows on the CPU and on the device, with NaN in unused slots."""
+    lengths = [90, 1, 80, 0, 33, 64] if tiny else [3000, 1, 5000, 0, 777, 1024]
+    host = make_pool(
+        lengths,
+        page=shape.page,
+        q_heads=shape.kv_heads * shape.group,
+        kv_heads=shape.kv_heads,
+        dim=shape.dim,
+        dtype=shape.dtype,
+        device="cpu",
+        poison=True,
+    )
+    return host, host.to(device)
+
+
+def decode(
+    pool: Pool, log_mass: torch.Tensor | None, backend: str, **options: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    device = pool.q.device
+    columns = list(zip(*RULES, strict=True))
+    mode = torch.tensor(columns[0], dtype=torch.int32, device=device)
+    if log_mass is None:
+        mode = torch.zeros_like(mode)
+    return progressive_decode(
+        pool.q,
+        pool.k,
+        pool.v,
+        pool.page_table,
+        pool.seq_lens,
+        log_mass,
+        mode,
+        *(torch.tensor(column, device=device) for column in columns[1:]),
+        page_size=pool.page,
+        sm_scale=pool.scale,
+        sink_pages=1,
+        recent_pages=2,
+        group_pages=4,
+        backend=backend,
+        **options,
+    )
+
+
+def close(name: str, got: torch.Tensor, want: torch.Tensor, relative: float, noise: float) -> float:
+    """Largest error; raises where it is above ``relative * |want| + noise``."""
+    got, want = got.double().cpu(), want.double().cpu()
+    same = got == want
+    error = torch.where(same, torch.zeros_like(got), (got - want).abs())
+    bound = torch.where(same, torch.zeros_like(got), relative * want.abs() + noise)
+    worst = float(error.max()) if error.numel() else 0.0
+    if not bool((error <= bound).all()):
+        raise AssertionError(f"{name}: error {worst:.3g} is above its bound")
+    return worst
+
+
+def check_decode(shape: Shape, tiny: bool, device: str, predicted: bool) -> float:
+    host, pool = pools(shape, tiny, device)
+    log_mass = score(host, make_sketch(host, "reference"), "reference")
+    log_mass[0, :, 1] = INF
+    first, shown = {}, {}
+    if predicted:
+        first = {"first_pages": torch.full((host.batch, shape.kv_heads), 9, dtype=torch.int32)}
+    size = (host.batch, shape.kv_heads, host.page_table.shape[1])
+    want_read = torch.zeros(size, dtype=torch.uint8)
+    exact = host.to("cpu", torch.float64)
+    want = decode(exact, log_mass, "reference", attended=want_read, **first)
+    shown = {name: value.to(device) for name, value in first.items()}
+    read = torch.ones_like(want_read, device=device)
+    got = decode(pool, log_mass.to(device), "triton", attended=read, **shown)
+    if not torch.equal(read.cpu(), want_read):
+        pages = int((read.cpu() != want_read).sum())
+        raise AssertionError(f"attended: {pages} pages differ from the reference")
+    statistics = len(STAT_NAMES)
+    assert got[2].shape[-1] == statistics
+    close("statistics", got[2], want[2], 1e-3, 1e-4)
+    close("lse", got[1], want[1], 1e-5, 1e-4)
+    unit = torch.finfo(shape.dtype).eps if shape.dtype != torch.float32 else 1e-5
+    return close("out", got[0], want[0], unit, 4 * unit)
+
+
+def check_dense(shape: Shape, tiny: bool, device: str) -> float:
+    host, pool = pools(shape, tiny, device)
+    want = decode(host.to("cpu", torch.float64), None, "reference")
+    got = decode(pool, None, "triton")
+    close("lse", got[1], want[1], 1e-5, 1e-4)
+    unit = torch.finfo(shape.dtype).eps if shape.dtype != torch.float32 else 1e-5
+    return close("out", got[0], want[0], unit, 4 * unit)
+
+
+def check_graph(shape: Shape, tiny: bool, device: str) -> float:
+    """Capture scoring and decode, change the queries in place, replay: as without a graph."""
+    _, pool = pools(shape, tiny, device)
+    sketch = make_sketch(pool, "triton")
+    first = torch.full((pool.batch, shape.kv_heads), 9, dtype=torch.int32, device=device)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return decode(pool, score(pool, sketch, "triton"), "triton", first_pages=first)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    pool.q.copy_(pool.q.flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    return max(close("replay", a, b, 0.0, 0.0) for a, b in zip(captured, step(), strict=True))
+
+
+def check_sketch(shape: Shape, tiny: bool, device: str, bits: int, rotated: bool) -> float:
+    host, pool = pools(shape, tiny, device)
+    want, got = (
+        make_sketch(host, "reference", bits, rotated),
+        make_sketch(pool, "triton", bits, rotated),
+    )
+    close("affine", got.affine, want.affine, 2e-3, 1e-3)
+    different = unpack(packed_rows(got.codes.cpu()), bits) != unpack(packed_rows(want.codes), bits)
+    if float(different.float().mean()) > 2e-3:
+        raise AssertionError(f"codes: {float(different.float().mean()):.2%} differ")
+    moved = Sketch(
+        *(t.to(device) for t in (want.codes, want.affine, want.watermark, want.active)), bits
+    )
+    truth = score(host.to("cpu", torch.float64) if not rotated else host, want, "reference")
+    estimate = score(pool, moved, "triton").cpu()
+    worst = 0.0
+    for row, length in enumerate(host.seq_lens.tolist()):
+        pages = -(-length // host.page)
+        part = (estimate[row, :, :pages], truth[row, :, :pages])
+        worst = max(worst, close("score", *part, 2e-4, 2e-3))
+    return worst
+
+
+def check_summary(shape: Shape, tiny: bool, device: str, kind: str) -> float:
+    host, pool = pools(shape, tiny, device)
+    pages, fills = [], []
+    for row, length in enumerate(host.seq_lens.tolist()):
+        count = -(-length // host.page)
+        pages.append(host.page_table[row, :count].long())
+        fills.append((length - host.page * torch.arange(count)).clamp(max=host.page).int())
+    size = (host.num_pages, shape.kv_heads, page_summary.VECTORS[kind], shape.dim)
+    results, summaries = [], {}
+    for place, name in ((host, "reference"), (pool, "triton")):
+        where = place.q.device
+        summary = torch.zeros(size, dtype=torch.bfloat16, device=where)
+        page, fill = torch.cat(pages).to(where), torch.cat(fills).to(where)
+        options = {"kind": kind, "page_size": host.page, "backend": name}
+        page_summary.update(place.k, page, fill, summary, **options)
+        summaries[name] = summary
+        full = torch.full((host.num_pages,), host.page, dtype=torch.int32, device=where)
+        active = torch.ones(host.batch, dtype=torch.uint8, device=where)
+        q = place.q.double() if name == "reference" else place.q
+        state = summaries["reference"].to(where)
+        results.append(
+            page_summary.score(
+                q, state, full, place.page_table, place.seq_lens, active,
+                sm_scale=host.scale, **options,
+            )
+        )  # fmt: skip
+    close("summary", summaries["triton"], summaries["reference"], 2**-7, 1e-6)
+    worst = 0.0
+    for row, length in enumerate(host.seq_lens.tolist()):
+        count = -(-length // host.page)
+        part = (results[1][row, :, :count], results[0][row, :, :count])
+        worst = max(worst, close("score", *part, 1e-4, 1e-4))
+    return worst
+
+
+def check_merge(shape: Shape, tiny: bool, device: str) -> float:
+    rng = torch.Generator().manual_seed(0)
+    outputs = torch.randn(2, 40, shape.dim, generator=rng).to(shape.dtype)
+    lses = 10 * torch.randn(2, 40, generator=rng)
+    lses[0, ::3], lses[1, ::4] = -INF, -INF
+    want = merge_state(outputs[0].double(), lses[0], outputs[1].double(), lses[1])
+    here, there = outputs.to(device), lses.to(device)
+    got = merge_state(here[0], there[0], here[1], there[1], backend="triton")
+    close("lse", got[1], want[1], 1e-5, 1e-5)
+    unit = torch.finfo(shape.dtype).eps
+    return close("out", got[0], want[0], unit, 1e-5)
+
+
+def checks(tiny: bool, device: str) -> Iterator[tuple[str, Shape, Callable[[], float]]]:
+    """(name, shape, check); a check returns its largest error."""
+    for shape in TINY if tiny else SHAPES:
+        for predicted in (False, True):
+            name = "progressive_decode" + (", first group predicted" if predicted else "")
+            yield name, shape, lambda s=shape, p=predicted: check_decode(s, tiny, device, p)
+        yield "progressive_decode, dense", shape, lambda s=shape: check_dense(s, tiny, device)
+        if device == "cuda":
+            yield (
+                "score and decode, CUDA graph",
+                shape,
+                lambda s=shape: check_graph(s, tiny, device),
+            )
+        for bits in (1, 2, 4):
+            for rotated in (False, True):
+                name = f"key_sketch, {bits} bit{', rotated' if rotated else ''}"
+                yield (
+                    name,
+                    shape,
+                    lambda s=shape, b=bits, r=rotated: check_sketch(s, tiny, device, b, r),
+                )
+        for kind in page_summary.VECTORS:
+            name = f"page_summary, {kind}"
+            yield name, shape, lambda s=shape, k=kind: check_summary(s, tiny, device, k)
+        yield "merge_state", shape, lambda s=shape: check_merge(s, tiny, device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="one small shape, for the interpreter")
+    options = parser.parse_args()
+    failed = 0
+    for name, shape, check in checks(options.tiny, options.device):
+        try:
+            worst, verdict = f"{check():.2e}", "ok"
+        except Exception as error:  # Whatever a kernel raises is a failed check; go on with others.
+            failed += 1
+            worst, verdict = "", f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"
+            if not isinstance(error, AssertionError):
+                traceback.print_exc()
+        print(f"{name:42} {shape!s:30} {worst:9} {verdict}", flush=True)
+    print(f"{failed} failed" if failed else "all passed")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

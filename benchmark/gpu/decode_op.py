@@ -1,0 +1,266 @@
+"""Decode attention of one layer on a GPU: time, and bytes over time against copy bandwidth.
+
+    python -m benchmark.gpu.decode_op --lengths 8192,32768,131072 --batches 1,8,64
+    TRITON_INTERPRET=1 python -m benchmark.gpu.decode_op --device cpu --lengths 64 --batches 1 \
+        --rounds 1         # without a GPU: it runs; its times mean nothing
+
+Ours: 2-bit sketches, marginal rule, with and without a predicted first group, and dense, in Triton;
+the same in batched torch. Peers in the same run: FlashInfer's paged decode where it is installed,
+and torch's SDPA on a contiguous copy of the cache (no pages to follow: the stronger peer). Variants
+run in turn in every round, the L2 cache is overwritten before each, CUDA events time them, medians
+are kept. What can be captured runs as a CUDA graph; the torch backend cannot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sgl_psa_kernels.progressive_decode import STAT_NAMES, progressive_decode
+
+from benchmark.common import hardware, spread
+from benchmark.gpu.pool import Pool, Sketch, heat, make_pool, make_sketch, score
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+DELTA = 0.1
+HOT_PAGES = 6
+FLUSH_BYTES = 1 << 28
+
+Step = Callable[[], Any]
+
+
+class Timer:
+    """Milliseconds of steps, each behind a flush of the cache."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.flushed = torch.empty(FLUSH_BYTES if self.cuda else 1, device=device).byte()
+
+    def __call__(self, step: Step) -> float:
+        self.flushed.zero_()
+        if not self.cuda:
+            begin = time.perf_counter()
+            step()
+            return (time.perf_counter() - begin) * 1e3
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop)
+
+    def captured(self, step: Step) -> Step:
+        """``step`` as a CUDA graph, warmed up."""
+        for _ in range(3):
+            step()
+        if not self.cuda:
+            return step
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+
+def copy_bandwidth(timer: Timer, rounds: int) -> float:
+    """Bytes read and written per second by a copy of 1 GiB."""
+    elements = 1 << 30 if timer.cuda else 1 << 20
+    a = torch.empty(elements, dtype=torch.uint8, device=timer.flushed.device)
+    b = torch.empty_like(a)
+    times = [timer(lambda: b.copy_(a)) for _ in range(rounds + 2)][2:]
+    return 2 * elements / (spread(times)["median"] * 1e-3)
+
+
+def decode(
+    pool: Pool, log_mass: torch.Tensor | None, backend: str, first: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Marginal rule, or dense without estimates."""
+    options = {"dtype": torch.float32, "device": pool.q.device}
+    size = (pool.batch,)
+    return progressive_decode(
+        pool.q,
+        pool.k,
+        pool.v,
+        pool.page_table,
+        pool.seq_lens,
+        log_mass,
+        torch.full(size, int(log_mass is not None), dtype=torch.int32, device=pool.q.device),
+        torch.full(size, math.log(DELTA), **options),
+        torch.zeros(size, **options),
+        torch.zeros(size, **options),
+        page_size=pool.page,
+        sm_scale=pool.scale,
+        sink_pages=1,
+        recent_pages=2,
+        group_pages=4,
+        backend=backend,
+        first_pages=first,
+    )
+
+
+def sdpa(pool: Pool) -> Step:
+    """torch's attention on a contiguous copy."""
+    slots = torch.stack([pool.slots(row) for row in range(pool.batch)])
+    k, v = (t[slots].transpose(1, 2).contiguous() for t in (pool.k, pool.v))
+    q = pool.q[:, :, None]
+    attention = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attention(q, k, v, scale=pool.scale, enable_gqa=True)[:, :, 0]
+
+
+def flashinfer(pool: Pool) -> Step:
+    """FlashInfer's paged decode, planned once."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    device, pages = pool.q.device, pool.page_table.shape[1]
+    workspace = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    wrapper.plan(
+        torch.arange(pool.batch + 1, dtype=torch.int32, device=device) * pages,
+        pool.page_table.flatten(),
+        torch.full((pool.batch,), pool.page, dtype=torch.int32, device=device),
+        HEADS,
+        KV_HEADS,
+        DIM,
+        pool.page,
+        q_data_type=pool.q.dtype,
+        kv_data_type=pool.k.dtype,
+        sm_scale=pool.scale,
+    )
+    cache = tuple(t.unflatten(0, (-1, pool.page)) for t in (pool.k, pool.v))
+    return lambda: wrapper.run(pool.q, cache)
+
+
+def variants(
+    pool: Pool, sketch: Sketch, timer: Timer, first: torch.Tensor
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """Steps by name, and why others are missing. A peer that cannot run hides no other one."""
+
+    def scores(backend: str) -> torch.Tensor:
+        return score(pool, sketch, backend)
+
+    builders: dict[str, Callable[[], Step]] = {
+        "sdpa dense": lambda: timer.captured(sdpa(pool)),
+        "flashinfer dense": lambda: timer.captured(flashinfer(pool)),
+        "triton dense": lambda: timer.captured(lambda: decode(pool, None, "triton")),
+        "triton score": lambda: timer.captured(lambda: scores("triton")),
+        "triton psa": lambda: timer.captured(lambda: decode(pool, scores("triton"), "triton")),
+        "triton psa, predicted": lambda: timer.captured(
+            lambda: decode(pool, scores("triton"), "triton", first)
+        ),
+        "torch psa, no graph": lambda: lambda: decode(pool, scores("torch"), "torch"),
+    }
+    steps: dict[str, Step] = {}
+    missing: dict[str, str] = {}
+    for name, build in builders.items():
+        try:
+            step = build()
+            step()
+            steps[name] = step
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return steps, missing
+
+
+def measure(
+    length: int, batch: int, page: int, rounds: int, timer: Timer, bandwidth: float
+) -> dict[str, Any]:
+    device = "cuda" if timer.cuda else "cpu"
+    pool = make_pool(
+        [length] * batch,
+        page=page,
+        q_heads=HEADS,
+        kv_heads=KV_HEADS,
+        dim=DIM,
+        dtype=torch.bfloat16 if timer.cuda else torch.float16,
+        device=device,
+    )
+    heat(pool, HOT_PAGES)
+    sketch = make_sketch(pool, "triton" if timer.cuda else "reference")
+    exact = decode(pool, None, "triton")[0].float()
+    out, _, stats = decode(pool, score(pool, sketch, "triton"), "triton")
+    columns = {name: stats[..., i] for i, name in enumerate(STAT_NAMES)}
+    token = 2 * DIM * pool.k.element_size()
+    dense_bytes = batch * KV_HEADS * length * token
+    scored = batch * KV_HEADS * length * (DIM * sketch.bits // 8 + 4)
+    read = int(columns["tokens_attended"].sum()) * token
+    # The prediction of a step that is like the one before.
+    first = columns["pages_attended"].to(torch.int32)
+    steps, missing = variants(pool, sketch, timer, first)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(timer(step))
+    row: dict[str, Any] = {
+        "length": length,
+        "batch": batch,
+        "page_size": page,
+        "bytes_fraction": (scored + read) / dense_bytes,
+        "rounds_mean": float(columns["rounds"].mean()),
+        "relative_error": float((out.float() - exact).norm() / exact.norm()),
+        "missing": missing,
+        "variants": {},
+    }
+    for name, samples in times.items():
+        moved = scored + read if "psa" in name else scored if "score" in name else dense_bytes
+        seconds = spread(samples)["median"] * 1e-3
+        row["variants"][name] = {
+            "ms": spread(samples),
+            "bytes": moved,
+            "bytes_per_second": moved / seconds,
+            "of_copy_bandwidth": moved / seconds / bandwidth,
+        }
+    return row
+
+
+def table(row: dict[str, Any]) -> str:
+    lines = [
+        f"batch {row['batch']}, {row['length']} tokens, pages of {row['page_size']}: PSA reads "
+        f"{row['bytes_fraction']:.1%} of the bytes, relative error {row['relative_error']:.1e}, "
+        f"{row['rounds_mean']:.1f} rounds"
+    ]
+    for name, result in row["variants"].items():
+        lines.append(
+            f"  {name:24} {result['ms']['median']:9.4f} ms "
+            f"{result['bytes_per_second'] / 1e9:8.0f} GB/s {result['of_copy_bandwidth']:7.1%}"
+        )
+    lines += [f"  {name:24} {reason}" for name, reason in row["missing"].items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--lengths", default="8192,32768,131072")
+    parser.add_argument("--batches", default="1,8,64")
+    parser.add_argument("--page-sizes", default="16,64")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--max-gib", type=float, default=24.0, help="largest K and V to try")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu_decode_op.json"))
+    options = parser.parse_args()
+    timer = Timer(options.device)
+    bandwidth = copy_bandwidth(timer, options.rounds)
+    print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
+    results = []
+    for page in map(int, options.page_sizes.split(",")):
+        for length in map(int, options.lengths.split(",")):
+            for batch in map(int, options.batches.split(",")):
+                gib = batch * length * KV_HEADS * DIM * 4 / 2**30
+                if gib > options.max_gib:
+                    print(f"batch {batch}, {length} tokens: {gib:.0f} GiB, left out", flush=True)
+                    continue
+                results.append(measure(length, batch, page, options.rounds, timer, bandwidth))
+                print(table(results[-1]), flush=True)
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                report = {"hardware": hardware(), "copy_bytes_per_second": bandwidth}
+                options.out.write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()

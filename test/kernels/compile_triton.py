@@ -1,0 +1,61 @@
+"""Compiles the Triton kernels for a CUDA device that need not be there: run by test_triton.py.
+
+    python test/kernels/compile_triton.py [compute capability, 90]
+
+Prints each kernel with its shared memory, and fails where a kernel does not compile or needs more
+than a multiprocessor of that capability has.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import sgl_psa_kernels.progressive_decode.triton_backend as decode_backend
+import test_key_sketch
+import test_page_summary
+import test_rotated_sketch
+import torch
+from kernel_cases import BF16, Case, make_batch
+from sgl_psa_kernels import triton_support
+from sgl_psa_kernels.merge_state import merge_state
+from test_progressive_decode import RULES, decode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}[CAPABILITY]
+
+
+def compile_only(self, *args, grid, warmup, **options):
+    """In place of a launch."""
+    kernel = launch(self, *args, grid=grid, warmup=True, **options)
+    print(f"{self.fn.__module__}.{self.fn.__name__}: {kernel.metadata.shared} bytes shared")
+    assert kernel.metadata.shared <= SHARED_BYTES, self.fn.__name__
+    return kernel
+
+
+def main() -> None:
+    case = Case(BF16, 128, 16, 2, 4, (600,))
+    batch = make_batch(case)
+    log_mass = torch.zeros(1, 8, batch.page_table.shape[1])
+    first = torch.ones(1, 2, dtype=torch.int32)
+    decode(batch, log_mass, RULES["coverage-.8"], "triton", first_pages=first)
+    for module in (test_key_sketch, test_rotated_sketch):
+        module.score(batch, *module.make_sketch(batch, 2, "triton"), 2, "triton")
+    test_page_summary.score(batch, test_page_summary.make_summary(batch, "triton"), "triton")
+    lse = torch.zeros(8)
+    merge_state(torch.zeros(8, 128), lse, torch.zeros(8, 128), lse, backend="triton")
+
+
+launch = JITFunction.run
+JITFunction.run = compile_only
+driver.set_active(
+    SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", CAPABILITY, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=0: 0,
+    )
+)
+triton_support.triton_available = lambda device: (True, "")
+decode_backend.multiprocessors = lambda device: 132
+main()

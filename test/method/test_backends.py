@@ -1,0 +1,27 @@
+"""Which kernels run, and what is said when those asked for cannot."""
+
+import pytest
+
+from sgl_psa.backends import resolve_backend
+from sgl_psa.config import ConfigError
+
+
+def test_triton_is_for_cuda_and_for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert resolve_backend("triton", "cuda") == "triton"
+    with pytest.raises(ConfigError, match=r"backend=triton.*CUDA device.*TRITON_INTERPRET=1"):
+        resolve_backend("triton", "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backend("triton", "cpu") == "triton"
+    with pytest.raises(ConfigError, match="not on mps"):
+        resolve_backend("triton", "mps")
+
+
+def test_auto_on_cuda_stays_with_torch() -> None:
+    assert resolve_backend("auto", "cuda") == "torch"
+
+
+@pytest.mark.parametrize("asked", ["cpu", "reference"])
+def test_cpu_kernels_are_refused_on_cuda(asked: str) -> None:
+    with pytest.raises(ConfigError, match=f"backend={asked}.*use auto"):
+        resolve_backend(asked, "cuda")
