@@ -73,12 +73,17 @@ def may_compensate(policy: Policy, scorer: str) -> bool:
     return policy.reads_scores and not is_page_summary(scorer)
 
 
-def check_compensation(policy: Policy, scorer: str) -> None:
-    """Refuse tail compensation without good estimates of what was left out.
+def check_compensation(policy: Policy, scorer: str, backend: str) -> None:
+    """Refuse tail compensation without good estimates of what was left out, or without kernels.
 
     Raises:
-        ConfigError: the policy reads no scores, or the scorer's estimates are too coarse.
+        ConfigError: the policy reads no scores, the scorer's estimates are too coarse, or the
+            backend has no such operator.
     """
+    if backend == "triton":
+        raise ConfigError(
+            "compensate=true: backend triton has no tail compensation; set backend to auto or torch"
+        )
     if not policy.reads_scores:
         raise ConfigError(
             f"compensate=true: policy {policy.name} reads no scores, so nothing says what weight "

@@ -107,6 +107,8 @@ def test_compensation_without_good_estimates_is_refused():
         StartUpError, match=r"compensate=true: scorer hybrid .*set scorer to one of"
     ):
         parse(*PSA, "--psa-compensate", "--psa-scorer", "hybrid")
+    with pytest.raises(StartUpError, match="backend triton has no tail compensation"):
+        parse(*PSA, "--psa-compensate", "--psa-backend", "triton")
 
 
 def test_boolean_flag_may_stand_alone():
