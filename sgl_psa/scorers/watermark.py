@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+#: Up to so many slots, a loop on the host is quicker than a dozen operations on tensors.
+_FEW = 16
+
 
 def advance(watermark: torch.Tensor, slots: torch.Tensor, page_size: int) -> None:
     """Record that the keys at ``slots`` were written, in place.
@@ -19,6 +22,13 @@ def advance(watermark: torch.Tensor, slots: torch.Tensor, page_size: int) -> Non
     """
     count = slots.numel()
     if count == 0:
+        return
+    if count <= _FEW and slots.device.type == watermark.device.type == "cpu":
+        marks = watermark.numpy()
+        for slot in slots.tolist():
+            page, offset = divmod(slot, page_size)
+            if offset == 0 or marks[page] >= offset:
+                marks[page] = offset + 1
         return
     pages = torch.div(slots, page_size, rounding_mode="floor")
     offsets = slots - pages * page_size

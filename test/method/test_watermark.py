@@ -1,9 +1,11 @@
 """Watermarks against a token-by-token model, under any sequence of writes and re-use."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sgl_psa.scorers import watermark as watermark_module
 from sgl_psa.scorers.watermark import advance, touched_pages
 
 PAGE = 4
@@ -26,7 +28,8 @@ def model(watermark: list[int], slots: list[int]) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(runs, min_size=1, max_size=6))
-def test_any_sequence_of_writes_matches_the_token_by_token_model(calls) -> None:
+@pytest.mark.parametrize("few", [0, watermark_module._FEW])
+def test_any_sequence_of_writes_matches_the_token_by_token_model(few, calls) -> None:
     watermark = torch.zeros(PAGES, dtype=torch.int32)
     expected = [0] * PAGES
     for call in calls:
@@ -38,7 +41,9 @@ def test_any_sequence_of_writes_matches_the_token_by_token_model(calls) -> None:
                 continue  # a forward pass writes a page in one run
             used |= {s // PAGE for s in run}
             slots += run
-        advance(watermark, torch.tensor(slots, dtype=torch.int64), PAGE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(watermark_module, "_FEW", few)
+            advance(watermark, torch.tensor(slots, dtype=torch.int64), PAGE)
         model(expected, slots)
         assert watermark.tolist() == expected
 
