@@ -109,6 +109,13 @@ class PSAConfig:
             "of two_level: 1, 2 or 4."
         ),
     ] = 2
+    summary_bits: Annotated[
+        Literal[8, 16],
+        Meta(
+            description="Bits per element of page summaries: 16 or 8, which halves their bytes; a "
+            "box is rounded outward."
+        ),
+    ] = 16
     group_pages: Annotated[
         int, Meta(ge=1, le=1024, description="Pages attended between two stop tests.")
     ] = 4
