@@ -7,19 +7,28 @@ and the environment (``SGL_PSA_COVERAGE``) share its field names.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta
+
+from sgl_psa.config_field import ConfigError, ConfigField, check_value, unknown_key
+
+__all__ = [
+    "ConfigError",
+    "ConfigField",
+    "PSAConfig",
+    "check_value",
+    "convert",
+    "fields",
+    "unknown_key",
+]
 
 ENV_PREFIX = "SGL_PSA_"
 #: Variables with the prefix that configure the build and the plugin, not the method.
@@ -43,10 +52,6 @@ ScorerName = Literal[
 BackendName = Literal["auto", "cpu", "torch", "triton", "reference"]
 #: Stands for the policy's own default; a constructed PSAConfig holds a scorer's name instead.
 AUTO_SCORER = "auto"
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names the field and what to change."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,13 @@ class PSAConfig:
             "of two_level: 1, 2 or 4."
         ),
     ] = 2
+    summary_bits: Annotated[
+        Literal[8, 16],
+        Meta(
+            description="Bits per element of page summaries: 16 or 8, which halves their bytes; a "
+            "box is rounded outward."
+        ),
+    ] = 16
     group_pages: Annotated[
         int, Meta(ge=1, le=1024, description="Pages attended between two stop tests.")
     ] = 4
@@ -210,6 +222,7 @@ class PSAConfig:
         object.__setattr__(self, "scorer", legal.resolve_scorer(policy, self.scorer))
         legal.check_budget(policy, self.budget_pages, self.sink_pages, self.recent_pages)
         legal.check_prediction(policy, self.predict, self.budget_prior)
+        legal.check_summaries(self.scorer, self.summary_bits, self.backend)
         if self.compensate:
             legal.check_compensation(policy, self.scorer, self.backend)
         if self.scorer == "two_level" and self.sketch_bits == 1:
@@ -252,36 +265,6 @@ def fields() -> tuple[ConfigField, ...]:
     return _FIELDS
 
 
-@dataclass(frozen=True)
-class ConfigField:
-    """One setting: its name, annotated type, default and one-line help."""
-
-    name: str
-    annotation: Any
-    default: Any
-    help: str
-
-    @property
-    def kind(self) -> type:
-        """The plain Python type: str, int, float or bool."""
-        base = typing.get_args(self.annotation)[0]
-        return type(self.choices[0]) if self.choices else base
-
-    @property
-    def choices(self) -> tuple[Any, ...]:
-        """Allowed values of an enumerated setting, else empty."""
-        base = typing.get_args(self.annotation)[0]
-        return typing.get_args(base) if typing.get_origin(base) is Literal else ()
-
-
-def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
-    """The error for a key that does not exist, naming the nearest one that does."""
-    known = sorted(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return ConfigError(f"{where}: unknown key {key!r}; {hint}known keys: {', '.join(known)}")
-
-
 def convert(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Check keys and convert values (text included) to their fields' types."""
     by_name = {f.name: f for f in fields()}
@@ -291,46 +274,6 @@ def convert(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise unknown_key(key, by_name, where)
         result[key] = check_value(by_name[key], value, where=key)
     return result
-
-
-def check_value(field: ConfigField, value: Any, where: str) -> Any:
-    """``value`` as the field's type.
-
-    Raises:
-        ConfigError: naming ``where``, the value, and what is allowed.
-    """
-    problem = f"{where}={value!r}"
-    if isinstance(value, bool) and field.kind is not bool:
-        raise ConfigError(f"{problem}: expected {_expectation(field)}, got a boolean")
-    if isinstance(value, str) and field.kind is int and field.choices:
-        try:
-            value = int(value)
-        except ValueError:
-            raise ConfigError(f"{problem}: expected {_expectation(field)}") from None
-    try:
-        converted = msgspec.convert(value, field.annotation, strict=False)
-    except msgspec.ValidationError:
-        raise ConfigError(f"{problem}: expected {_expectation(field)}") from None
-    if isinstance(converted, float) and not math.isfinite(converted):
-        raise ConfigError(f"{problem}: expected {_expectation(field)}")
-    return converted
-
-
-def _expectation(field: ConfigField) -> str:
-    if field.choices:
-        return "one of " + ", ".join(str(c) for c in field.choices)
-    if field.kind is bool:
-        return "true or false"
-    if field.kind is str:
-        return "text"
-    meta = next(m for m in field.annotation.__metadata__ if isinstance(m, Meta))
-    noun = "an integer" if field.kind is int else "a number"
-    bounds = [
-        f"{sign} {bound:g}"
-        for sign, bound in ((">", meta.gt), (">=", meta.ge), ("<", meta.lt), ("<=", meta.le))
-        if bound is not None
-    ]
-    return " ".join([noun, " and ".join(bounds)]).strip()
 
 
 def _from_environ(environ: Mapping[str, str]) -> dict[str, str]:

@@ -101,7 +101,7 @@ class Replay:
             ValueError: the settings differ in scorer.
         """
         configs = [setting.config for setting in settings]
-        if len({(c.scorer, c.sketch_bits) for c in configs}) != 1:
+        if len({(c.scorer, c.sketch_bits, c.summary_bits) for c in configs}) != 1:
             raise ValueError("Replay.measure: all settings must name the same scorer")
         backend = resolve_backend(configs[0].backend, "cpu")
         summaries = make_summaries(

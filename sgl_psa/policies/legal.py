@@ -97,6 +97,19 @@ def check_compensation(policy: Policy, scorer: str, backend: str) -> None:
         )
 
 
+def check_summaries(scorer: str, summary_bits: int, backend: str) -> None:
+    """Refuse page summaries that a backend has no kernels for.
+
+    Raises:
+        ConfigError: naming the backends that have them.
+    """
+    if summary_bits == 8 and backend == "triton" and is_page_summary(scorer):
+        raise ConfigError(
+            "summary_bits=8: backend triton has no 8-bit summaries; set summary_bits to 16, or "
+            "backend to auto or torch"
+        )
+
+
 def check_stop(stop: str, kept: str, prefix: str) -> None:
     """Refuse a request's stop rule ``change`` where no value norms are kept.
 

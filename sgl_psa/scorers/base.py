@@ -73,7 +73,11 @@ class Scorer(ABC):
     @classmethod
     @abstractmethod
     def page_bytes(cls, page_size: int, head_dim: int, bits: int) -> int:
-        """Bytes of state of one page of one KV head; ``bits`` is ``PSAConfig.sketch_bits``."""
+        """Bytes of state of one page of one KV head.
+
+        Args:
+            bits: ``PSAConfig.summary_bits`` for page summaries, ``PSAConfig.sketch_bits`` else.
+        """
 
     @property
     @abstractmethod

@@ -25,25 +25,37 @@ SIGNS = key_sketch.rotation_signs(DIM)
 
 
 def empty_tables(
-    bits: int, rotated: bool = False, kind: str = "hybrid"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    bits: int, rotated: bool = False, kind: str = "hybrid", summary_bits: int = 16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     rows = (NUM_PAGES, HEADS, PAGE_SIZE)
+    vectors = (NUM_PAGES, HEADS, page_summary.VECTORS[kind])
+    eight = summary_bits == 8
     return (
         torch.zeros(*rows, packed_bytes(DIM, bits), dtype=torch.uint8),
         torch.zeros(*rows, 1 if rotated else 2, dtype=torch.float16),
-        torch.zeros(NUM_PAGES, HEADS, page_summary.VECTORS[kind], DIM, dtype=torch.bfloat16),
+        torch.zeros(*vectors, DIM, dtype=torch.uint8 if eight else torch.bfloat16),
+        torch.zeros(*vectors, 2, dtype=torch.bfloat16) if eight else None,
     )
 
 
 def record(
     k, slots, pages, fill, tables, bits: int, backend: str, rotated: bool = False, kind="hybrid"
 ) -> None:
-    codes, affine, summary = tables
+    codes, affine, summary, summary_affine = tables
     signs = SIGNS if rotated else None
     key_sketch.write(
         k, slots, codes, affine, signs, bits=bits, page_size=PAGE_SIZE, backend=backend
     )
-    page_summary.update(k, pages, fill, summary, kind=kind, page_size=PAGE_SIZE, backend=backend)
+    page_summary.update(
+        k,
+        pages,
+        fill,
+        summary,
+        kind=kind,
+        page_size=PAGE_SIZE,
+        backend=backend,
+        affine=summary_affine,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -53,15 +65,16 @@ def record(
     bits=st.sampled_from(BITS),
     rotated=st.booleans(),
     kind=st.sampled_from(KINDS),
+    summary_bits=st.sampled_from((8, 16)),
     seed=st.integers(0, 2**31),
 )
 def test_history_does_not_matter(
-    backend: str, steps, bits: int, rotated: bool, kind: str, seed: int
+    backend: str, steps, bits: int, rotated: bool, kind: str, summary_bits: int, seed: int
 ) -> None:
     rng = torch.Generator().manual_seed(seed)
     k = torch.full((NUM_PAGES * PAGE_SIZE, HEADS, DIM), float("nan"), dtype=torch.bfloat16)
     fill = [0] * NUM_PAGES
-    tables = empty_tables(bits, rotated, kind)
+    tables = empty_tables(bits, rotated, kind, summary_bits)
     for page, tokens, reuse in steps:
         begin = 0 if reuse or fill[page] == PAGE_SIZE else fill[page]
         end = min(PAGE_SIZE, begin + tokens)
@@ -74,13 +87,16 @@ def test_history_does_not_matter(
     used = [page for page in range(NUM_PAGES) if fill[page]]
     slots = torch.cat([torch.arange(fill[page]) + page * PAGE_SIZE for page in used])
     fills = torch.tensor([fill[page] for page in used], dtype=torch.int32)
-    fresh = empty_tables(bits, rotated, kind)
+    fresh = empty_tables(bits, rotated, kind, summary_bits)
     record(k, slots, torch.tensor(used), fills, fresh, bits, backend, rotated, kind)
     at = (slots // PAGE_SIZE, slice(None), slots % PAGE_SIZE)
     assert torch.equal(packed_rows(tables[0])[at], packed_rows(fresh[0])[at])
     assert torch.equal(tables[1][at], fresh[1][at])
     assert torch.equal(tables[2][used], fresh[2][used])
     assert torch.isfinite(tables[2][used].float()).all()
+    if tables[3] is not None and fresh[3] is not None:
+        assert torch.equal(tables[3][used], fresh[3][used])
+        assert torch.isfinite(tables[3][used]).all()
 
 
 def test_repeated_slots_and_pages_are_harmless() -> None:

@@ -53,6 +53,7 @@ def test_document_may_be_a_file(tmp_path) -> None:
         ("stop", "never"),
         ("scorer", "quest"),
         ("sketch_bits", 3),
+        ("summary_bits", 4),
         ("budget_pages", 0),
         ("group_pages", 0),
         ("group_pages", 1.5),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from sgl_psa_kernels.candidate_pages import candidate_pages
 
 from sgl_psa.config import ConfigError, PSAConfig, ScorerName
+from sgl_psa.policies import legal
 from sgl_psa.scorers import SCORERS, CacheShape, Scorer, make_scorer
 from sgl_psa.scorers.base import PageBatch
 from test.method.cache import PAGE, Cache, make_cache
@@ -60,6 +60,7 @@ def plain(seed: int) -> tuple[Cache, torch.Tensor]:
 
 
 CACHES = {"plain": plain, "spiky": spiky}
+SUMMARIES = [name for name in SCORERS if legal.is_page_summary(name)]
 
 
 def true_log_mass(cache: Cache, q: torch.Tensor, row: int) -> torch.Tensor:
@@ -89,9 +90,10 @@ def test_exact_is_the_true_mass(backend, keys) -> None:
     assert errors(config_of("exact"), *CACHES[keys](1), backend).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("keys", CACHES)
-def test_box_is_never_below_the_true_mass(backend, keys) -> None:
-    error = errors(config_of("box"), *CACHES[keys](2), backend)
+def test_box_is_never_below_the_true_mass(backend, keys, bits) -> None:
+    error = errors(config_of("box", summary_bits=bits), *CACHES[keys](2), backend)
     assert error.min() >= -1e-4 and error.max() > 1
 
 
@@ -187,12 +189,28 @@ def test_two_levels_of_one_bit_are_refused() -> None:
         PSAConfig(scorer="two_level", sketch_bits=1)
 
 
+@pytest.mark.parametrize("name", SUMMARIES)
+@pytest.mark.parametrize("keys", CACHES)
+def test_summaries_of_8_bits_estimate_as_those_of_16(backend, name, keys) -> None:
+    cache, q = CACHES[keys](14)
+    eight, sixteen = (errors(config_of(name, summary_bits=b), cache, q, backend) for b in (8, 16))
+    difference = (eight - sixteen).abs()
+    assert 0 < difference.max() < 0.25 and difference.mean() < 0.05
+
+
 @pytest.mark.parametrize(
-    ("name", "bits"), [(n, b) for n in SCORERS for b in (1, 2, 4) if (n, b) != ("two_level", 1)]
+    ("name", "bits"),
+    [
+        (name, bits)
+        for name in SCORERS
+        for bits in ((8, 16) if name in SUMMARIES else (1, 2, 4))
+        if (name, bits) != ("two_level", 1)
+    ],
 )
 def test_bytes_stated_are_bytes_stored(name, bits) -> None:
     shape = CacheShape(3, 7, PAGE, KV_HEADS, 128, torch.device("cpu"))
-    scorer = make_scorer(config_of(name, sketch_bits=bits), shape, "reference")
+    field = "summary_bits" if name in SUMMARIES else "sketch_bits"
+    scorer = make_scorer(config_of(name, **{field: bits}), shape, "reference")
     stored = sum(t.numel() * t.element_size() for t in scorer.state_tensors())
     stated = SCORERS[name].page_bytes(PAGE, 128, bits)
     assert stored == stated * 3 * 7 * KV_HEADS
@@ -202,21 +220,21 @@ def test_bytes_stated_are_bytes_stored(name, bits) -> None:
 
 def test_bytes_of_a_page_of_16_keys_of_128() -> None:
     """Against 8192 bytes of keys and values in bfloat16."""
-    found = {(n, b): SCORERS[n].page_bytes(16, 128, b) for n in SCORERS for b in (1, 2, 4)}
+    found = {(n, b): SCORERS[n].page_bytes(16, 128, b) for n in SCORERS for b in (1, 2, 4, 8, 16)}
     vectors = {"mean": 1, "box": 2, "gaussian": 2, "cuboid_mean": 2, "hybrid": 4, "exact": 0}
     for name, count in vectors.items():
-        assert {found[name, bits] for bits in (1, 2, 4)} == {count * 256}
+        assert (found[name, 16], found[name, 8]) == (count * 256, count * (128 + 4))
     for bits in (1, 2, 4):
         assert found["sketch", bits] == 16 * (16 * bits + 4)
         assert found["rotated_sketch", bits] == 16 * (16 * bits + 2)
         assert found["two_level", bits] == 16 * (16 * bits + 2 + 18)
 
 
-@pytest.mark.parametrize("name", SCORERS)
-def test_stale_pages_are_infinite_until_they_are_rewritten(backend, name) -> None:
+@pytest.mark.parametrize(("name", "bits"), [(n, 16) for n in SCORERS] + [(n, 8) for n in SUMMARIES])
+def test_stale_pages_are_infinite_until_they_are_rewritten(backend, name, bits) -> None:
     cache, q = plain(12)
     batch = batch_of(cache)
-    scorer = filled(config_of(name), cache, backend)
+    scorer = filled(config_of(name, summary_bits=bits), cache, backend)
     before = scorer.score(0, q, batch, SCALE)[0, :, :41]
     assert torch.isfinite(before).all()
     slots = cache.tokens(0)
@@ -246,14 +264,14 @@ WRITES = st.lists(
 )
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize(("name", "bits"), [(n, 16) for n in SCORERS] + [(n, 8) for n in SUMMARIES])
 @settings(max_examples=15, deadline=None)
 @given(writes=WRITES, seed=st.integers(0, 2**31))
-def test_history_does_not_matter(name: str, writes, seed: int) -> None:
+def test_history_does_not_matter(name: str, bits: int, writes, seed: int) -> None:
     """Append, chunk, evict, re-use: scores and state equal those of a fresh scorer."""
     rng = torch.Generator().manual_seed(seed)
     shape = CacheShape(1, POOL, PAGE, KV_HEADS, DIM, torch.device("cpu"))
-    config = dataclasses.replace(config_of(name), candidate_pages=2)
+    config = config_of(name, candidate_pages=2, summary_bits=bits)
     scorer = make_scorer(config, shape, "torch")
     k = torch.full((POOL * PAGE, KV_HEADS, DIM), float("nan"), dtype=torch.bfloat16)
     fill = [0] * POOL

@@ -123,6 +123,7 @@ def test_value_summaries_follow_every_write_and_restore():
     "fields",
     [
         *({"scorer": name} for name in SCORERS),
+        *({"scorer": name, "summary_bits": 8} for name in ("box", "hybrid")),
         {"compensate": True},
         {"compensate": True, "stop": "change"},
         {"stop": "change", "scorer": "exact"},

@@ -57,6 +57,7 @@ def test_every_field_has_a_flag_that_reaches_the_config(monkeypatch):
         "delta": 0.25,
         "scorer": "two_level",
         "sketch_bits": 4,
+        "summary_bits": 8,
         "group_pages": 3,
         "sink_pages": 0,
         "recent_pages": 5,

@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 OK = 0
 BAD_SEQ_LEN = 1
@@ -65,7 +65,7 @@ class SummaryScoreArgs(ctypes.Structure):
     _fields_ = [
         ("rows", Rows),
         *_fields(c_int32, "kind reserved"),
-        *_fields(c_void_p, "summary watermark active log_mass"),
+        *_fields(c_void_p, "summary affine watermark active log_mass"),
     ]
 
 
@@ -86,7 +86,7 @@ class SummaryUpdateArgs(ctypes.Structure):
         *_fields(c_int32, "num_kv_heads head_dim page_size dtype num_pages num_threads"),
         *_fields(c_int32, "kind reserved"),
         *_fields(c_int64, "count error_index k_token_stride k_head_stride"),
-        *_fields(c_void_p, "k pages fill summary"),
+        *_fields(c_void_p, "k pages fill summary affine"),
     ]
 
 

@@ -15,12 +15,13 @@ def update(
     fill: torch.Tensor,
     summary: torch.Tensor,
     *,
+    affine: torch.Tensor | None,
     kind: str,
     page_size: int,
 ) -> None:
     """See :func:`sgl_psa_kernels.page_summary.update`."""
     op = "page_summary.update"
-    require_cpu(op, k_cache, pages, fill, summary)
+    require_cpu(op, k_cache, pages, fill, summary, affine)
     args = abi.SummaryUpdateArgs(
         num_kv_heads=k_cache.shape[1],
         head_dim=k_cache.shape[2],
@@ -36,6 +37,7 @@ def update(
         pages=pages.data_ptr(),
         fill=fill.data_ptr(),
         summary=summary.data_ptr(),
+        affine=None if affine is None else affine.data_ptr(),
     )
     call(op, "psa_summary_update", args)
 
@@ -48,13 +50,14 @@ def score(
     seq_lens: torch.Tensor,
     active: torch.Tensor,
     *,
+    affine: torch.Tensor | None,
     kind: str,
     page_size: int,
     sm_scale: float,
 ) -> torch.Tensor:
     """See :func:`sgl_psa_kernels.page_summary.score`."""
     op = "page_summary.score"
-    require_cpu(op, q, summary, watermark, page_table, seq_lens, active)
+    require_cpu(op, q, summary, affine, watermark, page_table, seq_lens, active)
     log_mass = torch.empty(q.shape[0], q.shape[1], page_table.shape[1], dtype=torch.float32)
     args = abi.SummaryScoreArgs(
         rows=rows(
@@ -69,6 +72,7 @@ def score(
         ),
         kind=_KINDS[kind],
         summary=summary.data_ptr(),
+        affine=None if affine is None else affine.data_ptr(),
         watermark=watermark.data_ptr(),
         active=active.data_ptr(),
         log_mass=log_mass.data_ptr(),

@@ -3,7 +3,7 @@
 import torch
 
 from sgl_psa_kernels import checks
-from sgl_psa_kernels.page_summary.kinds import outward
+from sgl_psa_kernels.page_summary.storage import load, pack
 
 
 def update(
@@ -12,6 +12,7 @@ def update(
     fill: torch.Tensor,
     summary: torch.Tensor,
     *,
+    affine: torch.Tensor | None,
     kind: str,
     page_size: int,
 ) -> None:
@@ -26,11 +27,14 @@ def update(
             f"page_summary.update: fill of page {page} must be 1..{page_size}, got {tokens}",
         )
         first = page * page_size
-        summary[page] = summarise(k_cache[first : first + tokens], kind)
+        parts = summarise(k_cache[first : first + tokens], kind)
+        summary[page], affines = pack(parts, kind, 16 if affine is None else 8)
+        if affine is not None:
+            affine[page] = affines
 
 
-def summarise(keys: torch.Tensor, kind: str) -> torch.Tensor:
-    """Summary bfloat16 [Hkv, vectors, D] of the keys [tokens, Hkv, D] of a page."""
+def summarise(keys: torch.Tensor, kind: str) -> list[torch.Tensor]:
+    """Vectors float32 [Hkv, D] of the keys [tokens, Hkv, D] of a page, as ``pack`` takes them."""
     x = keys.float()
     parts = []
     if kind in ("hybrid", "mean", "gaussian"):
@@ -42,8 +46,8 @@ def summarise(keys: torch.Tensor, kind: str) -> torch.Tensor:
         centre = (x.amin(0) + x.amax(0)) / 2
         parts += [centre, (x - centre).abs().mean(0)]
     if kind == "box":
-        parts += outward(x.amin(0), x.amax(0))
-    return torch.stack([part.bfloat16() for part in parts], dim=1)
+        parts += [x.amin(0), x.amax(0)]
+    return parts
 
 
 def score(
@@ -54,6 +58,7 @@ def score(
     seq_lens: torch.Tensor,
     active: torch.Tensor,
     *,
+    affine: torch.Tensor | None,
     kind: str,
     page_size: int,
     sm_scale: float,
@@ -75,7 +80,9 @@ def score(
         pages = page_table[b, :n].long()
         x = sm_scale * q[b].to(work).unflatten(0, (num_kv_heads, -1))
         tokens = (seq_len - page_size * torch.arange(n)).clamp(max=page_size)
-        vectors = summary[pages].to(work).unsqueeze(2).unbind(3)  # each [n, Hkv, 1, D]
+        vectors = (
+            load(summary, affine, pages).to(work).unsqueeze(2).unbind(3)
+        )  # each [n, Hkv, 1, D]
         found = estimate(x, vectors, tokens.to(work).log().view(n, 1, 1), kind).flatten(1).T
         invalid = (watermark[pages] < tokens) | ~(found < float("inf"))
         log_mass[b, :, :n] = found.masked_fill(invalid, float("inf"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sgl_psa_kernels.page_summary.kinds import outward
+from sgl_psa_kernels.page_summary.storage import load, pack
 
 
 def update(
@@ -13,6 +13,7 @@ def update(
     fill: torch.Tensor,
     summary: torch.Tensor,
     *,
+    affine: torch.Tensor | None,
     kind: str,
     page_size: int,
 ) -> None:
@@ -31,12 +32,14 @@ def update(
         low = x.masked_fill(~live, float("inf")).amin(1)
         high = x.masked_fill(~live, float("-inf")).amax(1)
         if kind == "box":
-            parts += outward(low, high)
+            parts += [low, high]
         else:
             centre = (low + high) / 2
             distance = (x - centre[:, None]).masked_fill(~live, 0.0)
             parts += [centre, distance.abs().sum(1) / n]
-    summary[pages] = torch.stack([part.bfloat16() for part in parts], 2)
+    summary[pages], affines = pack(parts, kind, 16 if affine is None else 8)
+    if affine is not None:
+        affine[pages] = affines
 
 
 def score(
@@ -47,6 +50,7 @@ def score(
     seq_lens: torch.Tensor,
     active: torch.Tensor,
     *,
+    affine: torch.Tensor | None,
     kind: str,
     page_size: int,
     sm_scale: float,
@@ -56,7 +60,7 @@ def score(
     place = torch.arange(page_table.shape[1], device=q.device)
     tokens = (seq_lens.long()[:, None] - place * page_size).clamp(0, page_size)
     pages = torch.where(tokens > 0, page_table.long(), 0)
-    vectors = summary[pages].float().unbind(3)  # each [B, M, Hkv, D]
+    vectors = load(summary, affine, pages).unbind(3)  # each [B, M, Hkv, D]
     estimate = _estimate(x, vectors, tokens.clamp(min=1).float().log()[:, None, None], kind)
     stale = (watermark[pages] < tokens)[:, None, None] | ~(estimate < float("inf"))
     return estimate.masked_fill(stale, float("inf")).flatten(1, 2)

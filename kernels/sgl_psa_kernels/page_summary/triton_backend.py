@@ -2,11 +2,16 @@
 
 import torch
 
+from sgl_psa_kernels.checks import require
 from sgl_psa_kernels.page_summary.kinds import VECTORS
 from sgl_psa_kernels.triton_support import head_tile, kernels, power_of_two
 
 #: Pages scored by one program.
 PAGES = 32
+
+
+def _require_bfloat16(op: str, affine: torch.Tensor | None) -> None:
+    require(affine is None, f"{op}: backend 'triton' has no 8-bit summaries; use 'torch'")
 
 
 def update(
@@ -15,11 +20,13 @@ def update(
     fill: torch.Tensor,
     summary: torch.Tensor,
     *,
+    affine: torch.Tensor | None,
     kind: str,
     page_size: int,
 ) -> None:
     """See :func:`sgl_psa_kernels.page_summary.update`; page numbers and fills are not checked."""
     folder = "page_summary.triton_kernels"
+    _require_bfloat16("page_summary.update", affine)
     module = kernels("page_summary.update", folder, k_cache, pages, fill, summary)
     _, num_kv, dim = k_cache.shape
     if pages.shape[0] == 0:
@@ -41,11 +48,13 @@ def score(
     seq_lens: torch.Tensor,
     active: torch.Tensor,
     *,
+    affine: torch.Tensor | None,
     kind: str,
     page_size: int,
     sm_scale: float,
 ) -> torch.Tensor:
     """See :func:`sgl_psa_kernels.page_summary.score`; page numbers are not checked."""
+    _require_bfloat16("page_summary.score", affine)
     given = (q, summary, watermark, page_table, seq_lens, active)
     module = kernels("page_summary.score", "page_summary.triton_kernels", *given)
     batch, num_q, dim = q.shape

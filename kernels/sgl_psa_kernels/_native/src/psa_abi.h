@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PSA_ABI_VERSION 4
+#define PSA_ABI_VERSION 5
 #define PSA_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -105,7 +105,10 @@ typedef struct {
 typedef struct {
   PsaRows rows;
   int32_t kind, reserved;
-  const uint16_t *summary; /* bf16 [num_pages, num_kv_heads, vectors of the kind, head_dim] */
+  const void *summary;    /* [num_pages, num_kv_heads, vectors of the kind, head_dim]: bf16, or
+                             uint8 codes if affine */
+  const uint16_t *affine; /* bf16 [num_pages, num_kv_heads, vectors of the kind, 2], scale and
+                             zero, or NULL */
   const int32_t *watermark;
   const uint8_t *active;
   float *log_mass;
@@ -132,7 +135,8 @@ typedef struct {
   const void *k;
   const int64_t *pages; /* [count] */
   const int32_t *fill;  /* [count] */
-  uint16_t *summary;
+  void *summary; /* as in PsaSummaryScoreArgs */
+  uint16_t *affine;
 } PsaSummaryUpdateArgs;
 
 PSA_EXPORT int psa_abi_version(void);

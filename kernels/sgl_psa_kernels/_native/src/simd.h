@@ -130,6 +130,7 @@ inline F4 hmax4(F a, F b, F c, F d) {
 }
 inline F half_to_float(H h) { return (F)_mm512_cvtph_ps((__m256i)h); }
 inline U widen(H h) { return (U)_mm512_cvtepu16_epi32((__m256i)h); }
+inline U widen_bytes(const uint8_t* p) { return (U)_mm512_cvtepu8_epi32(loadu<__m128i>(p)); }
 // a[2i] * b[2i] + a[2i+1] * b[2i+1]
 inline I madd(S a, S b) { return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 #elif PSA_WIDTH == 256
@@ -157,6 +158,9 @@ inline F4 hmax4(F a, F b, F c, F d) {
 }
 inline F half_to_float(H h) { return (F)_mm256_cvtph_ps((__m128i)h); }
 inline U widen(H h) { return (U)_mm256_cvtepu16_epi32((__m128i)h); }
+inline U widen_bytes(const uint8_t* p) {
+  return (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 inline I madd(S a, S b) { return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 #else
 #if defined(__SSE2__)
@@ -184,6 +188,7 @@ inline I4 hsum4(I a, I b, I c, I d) {
             d[0] + d[1] + d[2] + d[3]};
 }
 inline U widen(H h) { return __builtin_convertvector(h, U); }
+inline U widen_bytes(const uint8_t* p) { return U{p[0], p[1], p[2], p[3]}; }
 // IEEE half by exponent shift: the multiplication makes subnormals right, the test inf and NaN
 inline F half_to_float(H h) {
   U u = __builtin_convertvector(h, U);

@@ -1,21 +1,11 @@
 // Page summaries per (page, KV head), and their scores. The kinds differ in the vectors they store,
-// in this order: mean, variance, box centre, radius or half width.
+// in this order: mean, variance, box centre, radius or half width; summary_storage.h says how.
 #include "elem.h"
 #include "score_rows.h"
+#include "summary_storage.h"
 
 namespace psa {
 namespace {
-
-inline void store_bf16(uint16_t* p, F x) {
-  for (int i = 0; i < LANES; i++) p[i] = to_bf16(x[i]);
-}
-
-// The smallest bf16 that is no less than x; x is not negative.
-inline uint16_t to_bf16_up(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  return x != x ? to_bf16(x) : (u + 0xffff) >> 16;
-}
 
 constexpr bool has_mean(int kind) { return kind != PSA_CUBOID_MEAN && kind != PSA_BOX; }
 constexpr bool has_variance(int kind) { return kind == PSA_HYBRID || kind == PSA_GAUSSIAN; }
@@ -37,9 +27,9 @@ bool with_kind(int kind, Fn f) {
   return false;
 }
 
-// Summary of LANES dimensions from d on.
+// LANES dimensions, from d on, of the vectors [vectors][dim] of a page; of a box its ends.
 template <int KIND, class T>
-void summarise(const T* keys, int64_t stride, int tokens, uint16_t* summary, int dim, int d) {
+void summarise(const T* keys, int64_t stride, int tokens, float* vectors, int dim, int d) {
   F sum{}, low = load(keys + d), high = low;
   for (int t = 0; t < tokens; t++) {
     const F x = load(keys + t * stride + d);
@@ -47,22 +37,15 @@ void summarise(const T* keys, int64_t stride, int tokens, uint16_t* summary, int
     low = min(low, x);
     high = max(high, x);
   }
-  const float inverse = 1.0f / tokens;
-  uint16_t* out = summary + d;
+  float* out = vectors + d;
   if constexpr (KIND == PSA_BOX) {
-    // Rounded outward: the factor makes up for the rounding of the differences.
-    // sum - sum is 0, or NaN if a key is no number, which comparisons skip.
-    const F middle = (low + high) * 0.5f;
-    for (int i = 0; i < LANES; i++) {
-      out[i] = to_bf16(middle[i]);
-      const uint32_t bits = (uint32_t)out[i] << 16;
-      float centre;
-      std::memcpy(&centre, &bits, 4);
-      const float half = std::max(high[i] - centre, centre - low[i]) * (1 + 0x1p-20f);
-      out[dim + i] = to_bf16_up(half + (sum[i] - sum[i]));
-    }
+    // 0, or NaN if a key is no number, which comparisons skip.
+    const F finite = sum - sum;
+    storeu(out, low + finite);
+    storeu(out + dim, high + finite);
     return;
   }
+  const float inverse = 1.0f / tokens;
   const F mean = sum * inverse, centre = (low + high) * 0.5f;
   F square{}, distance{};
   for (int t = 0; t < tokens; t++) {
@@ -70,31 +53,53 @@ void summarise(const T* keys, int64_t stride, int tokens, uint16_t* summary, int
     square += (x - mean) * (x - mean);
     distance += abs(x - centre);
   }
-  if constexpr (has_mean(KIND)) store_bf16(out, mean);
-  if constexpr (has_variance(KIND)) store_bf16(out + dim, square * inverse);
+  if constexpr (has_mean(KIND)) storeu(out, mean);
+  if constexpr (has_variance(KIND)) storeu(out + dim, square * inverse);
   if constexpr (has_box(KIND)) {
-    uint16_t* box = out + (num_vectors(KIND) - 2) * dim;
-    store_bf16(box, centre);
-    store_bf16(box + dim, distance * inverse);
+    float* box = out + (num_vectors(KIND) - 2) * dim;
+    storeu(box, centre);
+    storeu(box + dim, distance * inverse);
+  }
+}
+
+// Stores the vectors of a page, which are overwritten; spare: dim floats.
+template <int KIND>
+void store(const PsaSummaryUpdateArgs& a, int64_t record, float* vectors, float* spare) {
+  constexpr int VECTORS = num_vectors(KIND);
+  const int dim = a.head_dim;
+  if (a.affine) {
+    uint8_t* codes = static_cast<uint8_t*>(a.summary) + record * VECTORS * dim;
+    uint16_t* affine = a.affine + record * VECTORS * 2;
+    if constexpr (KIND == PSA_BOX)
+      store_box_bytes(vectors, vectors + dim, dim, spare, codes, affine);
+    else
+      for (int v = 0; v < VECTORS; v++)
+        store_bytes<false>(vectors + v * dim, dim, codes + v * dim, affine + 2 * v);
+  } else {
+    uint16_t* words = static_cast<uint16_t*>(a.summary) + record * VECTORS * dim;
+    if constexpr (KIND == PSA_BOX)
+      store_box_words(vectors, vectors + dim, dim, words);
+    else
+      store_words(vectors, VECTORS * dim, words);
   }
 }
 
 // Estimates of GB heads for one page, with x and x^2 / 2 of each head behind each other. first:
 // x . mean + half . variance, or for kinds without a mean x . centre + |x| . radius; second: the
 // latter, for hybrid.
-template <int KIND, int GB>
-inline void estimates(const bf16* summary, const float* x, int D, float* first, float* second,
+template <int KIND, int GB, class Vectors>
+inline void estimates(const Vectors& summary, const float* x, int D, float* first, float* second,
                       int stride) {
   constexpr bool BOTH = KIND == PSA_HYBRID;
   constexpr int BOX = num_vectors(KIND) - 2;
   F a[GB] = {}, b[GB] = {};
   for (int d = 0; d < D; d += LANES) {
     F mean{}, variance{}, centre{}, radius{};
-    if constexpr (has_mean(KIND)) mean = load(summary + d);
-    if constexpr (has_variance(KIND)) variance = load(summary + D + d);
+    if constexpr (has_mean(KIND)) mean = summary.at(0, d);
+    if constexpr (has_variance(KIND)) variance = summary.at(1, d);
     if constexpr (has_box(KIND)) {
-      centre = load(summary + BOX * D + d);
-      radius = load(summary + (BOX + 1) * D + d);
+      centre = summary.at(BOX, d);
+      radius = summary.at(BOX + 1, d);
     }
     for (int g = 0; g < GB; g++) {
       const F v = loadu<F>(x + 2 * g * D + d);
@@ -115,7 +120,7 @@ inline void estimates(const bf16* summary, const float* x, int D, float* first, 
   }
 }
 
-template <int KIND, class T>
+template <int KIND, class T, class Vectors>
 void score_block(const PsaSummaryScoreArgs& a, const PageBlock& block, Scratch& scratch) {
   const PsaRows& r = a.rows;
   const int heads = r.num_kv_heads, D = r.head_dim, group = r.num_qo_heads / heads;
@@ -139,7 +144,7 @@ void score_block(const PsaSummaryScoreArgs& a, const PageBlock& block, Scratch& 
     }
   const int32_t* pages = pages_of(r, block.row);
   auto record = [&](int page, int head) {
-    return reinterpret_cast<const bf16*>(a.summary) + ((int64_t)page * heads + head) * num_vectors(KIND) * D;
+    return Vectors(a.summary, a.affine, (int64_t)page * heads + head, D);
   };
   for (int p = block.begin; p < block.end; p++) {
     const int column = p - block.begin;
@@ -151,9 +156,9 @@ void score_block(const PsaSummaryScoreArgs& a, const PageBlock& block, Scratch& 
     for (int h = 0; h < heads; h++) {
       const bool last = h + 1 == heads;
       if (!last || p + 1 < block.end)
-        prefetch_range(record(pages[last ? p + 1 : p], last ? 0 : h + 1),
-                       D * 2 * num_vectors(KIND));
-      const bf16* summary = record(pages[p], h);
+        prefetch_range(record(pages[last ? p + 1 : p], last ? 0 : h + 1).data(),
+                       Vectors::bytes(D));
+      const Vectors summary = record(pages[p], h);
       for (int g = 0; g < group;) {
         const int head = h * group + g;
         const float* query = x + (size_t)2 * head * D;
@@ -201,12 +206,18 @@ extern "C" int psa_summary_score(PsaSummaryScoreArgs* args) {
   const bool known = with_dtype(r.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     known_kind = with_kind(args->kind, [&](auto kind) {
+      constexpr int VECTORS = num_vectors(kind.value);
 #pragma omp parallel num_threads(r.num_threads) if (r.num_threads > 1 && count > 1)
-    {
-      static thread_local Scratch scratch;
+      {
+        static thread_local Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
-      for (int i = 0; i < count; i++) score_block<kind.value, T>(*args, blocks[i], scratch);
-    }
+        for (int i = 0; i < count; i++) {
+          if (args->affine)
+            score_block<kind.value, T, ByteVectors<VECTORS>>(*args, blocks[i], scratch);
+          else
+            score_block<kind.value, T, WordVectors<VECTORS>>(*args, blocks[i], scratch);
+        }
+      }
     });
   });
   return !known ? PSA_BAD_DTYPE : known_kind ? PSA_OK : PSA_BAD_KIND;
@@ -225,15 +236,21 @@ extern "C" int psa_summary_update(PsaSummaryUpdateArgs* args) {
     using T = std::remove_pointer_t<decltype(type)>;
     known_kind = with_kind(a.kind, [&](auto kind) {
       constexpr int VECTORS = num_vectors(kind.value);
-#pragma omp parallel for schedule(static) num_threads(a.num_threads) \
-    if (a.num_threads > 1 && a.count >= 4)
-    for (int64_t i = 0; i < a.count; i++)
-      for (int h = 0; h < a.num_kv_heads; h++) {
-        const T* keys = static_cast<const T*>(a.k) +
-                        a.pages[i] * a.page_size * a.k_token_stride + h * a.k_head_stride;
-        uint16_t* summary = a.summary + (a.pages[i] * a.num_kv_heads + h) * VECTORS * a.head_dim;
-        for (int d = 0; d < a.head_dim; d += LANES)
-          summarise<kind.value>(keys, a.k_token_stride, a.fill[i], summary, a.head_dim, d);
+#pragma omp parallel num_threads(a.num_threads) if (a.num_threads > 1 && a.count >= 4)
+      {
+        static thread_local Scratch scratch;
+        scratch.reset(Scratch::need<float>((VECTORS + 1) * a.head_dim));
+        float* vectors = scratch.take<float>((VECTORS + 1) * a.head_dim);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < a.count; i++)
+          for (int h = 0; h < a.num_kv_heads; h++) {
+            const T* keys = static_cast<const T*>(a.k) +
+                            a.pages[i] * a.page_size * a.k_token_stride + h * a.k_head_stride;
+            for (int d = 0; d < a.head_dim; d += LANES)
+              summarise<kind.value>(keys, a.k_token_stride, a.fill[i], vectors, a.head_dim, d);
+            store<kind.value>(a, a.pages[i] * a.num_kv_heads + h, vectors,
+                              vectors + VECTORS * a.head_dim);
+          }
       }
     });
   });
