@@ -168,7 +168,7 @@ class BudgetState:
         generation: torch.Tensor,
         pages: torch.Tensor,
         prior: BudgetPrior | None = None,
-    ) -> None:
+    ) -> torch.Tensor:
         """Start the requests that are new in their slots; the others keep their state.
 
         Args:
@@ -176,6 +176,9 @@ class BudgetState:
             generation: int64 [B], differs from the slot's last where another request took it.
             pages: [B], pages of each context.
             prior: on the state's device; ``None``: start from ``least``.
+
+        Returns:
+            Which rows are new, bool [B].
         """
         old = self.log_needed[slots]
         first = torch.full_like(old, self.log_least)
@@ -184,9 +187,10 @@ class BudgetState:
         fresh = self.generation[slots] != generation
         self.log_needed[slots] = torch.where(fresh[:, None, None], first, old)
         self.generation[slots] = generation
+        return fresh
 
     def snapshot(self, slot: int) -> torch.Tensor:
-        """The state of one request, float32 [L, Hkv]; what a prefix node keeps."""
+        """The state of one request, float32 [L, Hkv]."""
         return self.log_needed[slot].clone()
 
     def inherit(self, slot: int, generation: int, snapshot: torch.Tensor) -> None:
@@ -194,9 +198,6 @@ class BudgetState:
         self.reserve(slot + 1)
         self.log_needed[slot] = snapshot
         self.generation[slot] = generation
-        if snapshot.is_cuda:
-            # It was made on the scheduler's stream and may be freed there while this copy waits.
-            snapshot.record_stream(torch.cuda.current_stream(snapshot.device))
 
     def predict(self, slots: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         """Pages to read at once, int32 [L, B, Hkv]: ``least`` up to the context's ``pages`` [B]."""

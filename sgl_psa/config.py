@@ -196,7 +196,8 @@ class PSAConfig:
         bool,
         Meta(
             description="Attend the predicted number of pages before the first stop test, so that "
-            "one round usually suffices; predictions follow each request, layer and KV head."
+            "one round usually suffices; predictions follow each request, layer and KV head. Under "
+            "--psa-stop coverage, past errors of the estimates also correct those of the next step."
         ),
     ] = False
     predict_rho: Annotated[

@@ -1,21 +1,39 @@
-"""The first round of decode steps, as large as :mod:`sgl_psa.budget` predicts."""
+"""What earlier steps tell a decode step: the size of its first round, as :mod:`sgl_psa.budget`
+predicts it, and under the coverage rule the correction of :mod:`sgl_psa.residuals`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from sgl_psa.budget import BudgetPrior, BudgetState
 from sgl_psa.config import PSAConfig
+from sgl_psa.residuals import KEPT_STD, ResidualState
+from sgl_psa.row import CONSERVATIVE, COVERAGE, DENSE
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers.base import CacheShape
+from sgl_psa.stop import CONSERVATIVE_STD
 
 
 def least_pages(config: PSAConfig) -> int:
     """Pages of a first round without prediction: the forced ones and one group."""
     return config.sink_pages + max(config.recent_pages, 1) + config.group_pages
+
+
+class Snapshot(NamedTuple):
+    """State of one request; what a prefix node keeps.
+
+    Attributes:
+        log_needed: float32 [L, Hkv], see :class:`~sgl_psa.budget.BudgetState`.
+        residuals: float32 [L, Hq, 3], see :class:`~sgl_psa.residuals.ResidualState`; ``None`` if no
+            request has had any.
+    """
+
+    log_needed: torch.Tensor
+    residuals: torch.Tensor | None = None
 
 
 class Predictor:
@@ -47,15 +65,25 @@ class Predictor:
             least=least_pages(config),
             device=shape.device,
         )
+        self.residuals = ResidualState(layers, device=shape.device)
         self.page_size = shape.page_size
         self.inherited = 0
         self._slots = torch.empty(0)
         self._valid = torch.empty(0)
         self._first: torch.Tensor | None = None
+        self._std = torch.empty(0)
+        self._tracked: torch.Tensor | None = None
+        self._kappa: torch.Tensor | None = None
+        self._sums: torch.Tensor | None = None
 
     def plan(
-        self, num_slots: int, slots: torch.Tensor, seq_lens: torch.Tensor, rows: RuleRows
-    ) -> None:
+        self,
+        num_slots: int,
+        slots: torch.Tensor,
+        seq_lens: torch.Tensor,
+        rows: RuleRows,
+        coverage_rows: int,
+    ) -> RuleRows:
         """Open a step.
 
         Args:
@@ -63,14 +91,32 @@ class Predictor:
             slots: int64 [B].
             seq_lens: int32 [B], the current token included.
             rows: with the modes that the step runs with.
+            coverage_rows: how many of them have mode ``COVERAGE``.
+
+        Returns:
+            ``rows``, those under the coverage rule conservative until they have residuals.
         """
         assert rows.generation is not None, "the rule table was made without predict"
         pages = torch.div(seq_lens + self.page_size - 1, self.page_size, rounding_mode="floor")
         self.state.reserve(num_slots)
-        self.state.start(slots, rows.generation, pages, self.prior)
-        self._slots, self._valid = slots, rows.stops & (rows.mode != 0)
+        fresh = self.state.start(slots, rows.generation, pages, self.prior)
+        self.residuals.start(num_slots, slots, fresh)
+        self._slots, self._valid = slots, rows.stops & (rows.mode != DENSE)
+        self._tracked, self._kappa, self._sums = None, None, None
+        if coverage_rows:
+            self._tracked = rows.stops & (rows.mode == COVERAGE)
+            self._std = rows.kappa_std.clamp(min=KEPT_STD)
+            blank = self._tracked & ~self.residuals.known(slots)
+            rows = rows._replace(
+                mode=rows.mode.masked_fill(blank, CONSERVATIVE),
+                kappa_floor=rows.kappa_floor.masked_fill(blank, 0.0),
+                kappa_std=torch.where(
+                    blank, rows.kappa_std.clamp(min=CONSERVATIVE_STD), rows.kappa_std
+                ),
+            )
         first = self.state.predict(slots, pages)
         self._first = torch.where(self._valid[:, None], first, 0)
+        return rows
 
     def first_pages(self, layer: int) -> torch.Tensor:
         """Pages to have attended when the first round of the open step ends, int32 [B, Hkv].
@@ -80,6 +126,23 @@ class Predictor:
         assert self._first is not None
         return self._first[layer]
 
+    def correction(
+        self, layer: int, num_qo_heads: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """What the loop is given in the open step, if a row has the coverage rule.
+
+        Returns:
+            kappa_start float32 [B, Hq], 0 for the other rows and before the first residuals; and
+            where the loop writes its residuals, float32 [B, Hq, 3].
+        """
+        if self._tracked is None:
+            return None, None
+        if self._kappa is None or self._sums is None:
+            self.residuals.reserve(len(self.state.generation), num_qo_heads)
+            self._kappa = self.residuals.corrections(self._slots, self._std, self._tracked)
+            self._sums = torch.zeros(*self._kappa.shape, 3, device=self._kappa.device)
+        return self._kappa[layer], self._sums[layer]
+
     def learn(self, rounds: torch.Tensor) -> None:
         """Close the step.
 
@@ -87,14 +150,21 @@ class Predictor:
             rounds: [L, B, Hkv], rounds that each row took.
         """
         self.state.update(self._slots, rounds > 1, self._valid)
+        if self._tracked is not None and self._sums is not None:
+            self.residuals.update(self._slots, self._sums, self._tracked)
 
-    def snapshot(self, slot: int) -> torch.Tensor:
-        """State of the request in ``slot``, float32 [L, Hkv]."""
-        return self.state.snapshot(slot)
+    def snapshot(self, slot: int) -> Snapshot:
+        """State of the request in ``slot``."""
+        return Snapshot(self.state.snapshot(slot), self.residuals.snapshot(slot))
 
-    def inherit(self, slot: int, generation: int, snapshot: torch.Tensor) -> None:
+    def inherit(self, slot: int, generation: int, snapshot: Snapshot) -> None:
         """Start the request that took ``slot`` from the state of the prefix that it shares."""
-        self.state.inherit(slot, generation, snapshot)
+        self.state.inherit(slot, generation, snapshot.log_needed)
+        self.residuals.inherit(slot, snapshot.residuals)
+        for tensor in snapshot:
+            if tensor is not None and tensor.is_cuda:
+                # It was made on the scheduler's stream and may be freed there while the copy waits.
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
         self.inherited += 1
 
 

@@ -6,6 +6,9 @@ Z_b the estimated mass of an unread page b, Z_R the sum of Z_b over all unread p
 * coverage: stop when Z_P / (Z_P + Z_R) >= p, that is log Z_R <= log Z_P + log((1 - p) / p). The
   estimate of log Z_R is corrected by kappa = mean + c * std of (exact - estimated) log mass over
   the pages of the last group. Source: PSA, arXiv 2503.00392, with the correction added.
+  Where earlier steps are remembered (:mod:`sgl_psa.residuals`), their correction is in force
+  before the first group and kappa never below it: that of a last group of few pages is now and
+  then far too low. The first step of a request without such a memory is conservative.
   Conservative: mean and deviation are of every page attended so far, and kappa is never below 0.
   Pages are attended in order of their estimates, so those read last are the ones that the
   estimates flatter; sinks and recent pages are read whatever their estimates say and show a bias

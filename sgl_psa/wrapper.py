@@ -12,6 +12,7 @@ from sgl_psa.budget import BudgetPrior
 from sgl_psa.config import PSAConfig
 from sgl_psa.page_values import PageValues
 from sgl_psa.prediction import Predictor
+from sgl_psa.row import COVERAGE
 from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers import Scorer
 from sgl_psa.scorers.base import PageBatch
@@ -124,14 +125,17 @@ class PSADecodeWrapper:
         scored = sparse & rows.scored
         batch = PageBatch(page_table.contiguous(), seq_lens, scored.to(torch.uint8))
         weighted = rows.weighted & scored
-        sparse_rows, scored_rows, weighted_rows = torch.stack(
-            [sparse.sum(), scored.sum(), weighted.sum()]
+        counts = [sparse, scored, weighted, rows.mode == COVERAGE]
+        sparse_rows, scored_rows, weighted_rows, coverage_rows = torch.stack(
+            [flags.sum() for flags in counts]
         ).tolist()
         if weighted_rows and self.values.norms is None:
             raise ValueError("PSADecodeWrapper: stop rule change needs the cache's value norms")
         selections = self._selector.plan(rows.picks, sparse, batch)
         if self.predictor is not None:
-            self.predictor.plan(req_to_token.shape[0], req_pool_indices, seq_lens, rows)
+            rows = self.predictor.plan(
+                req_to_token.shape[0], req_pool_indices, seq_lens, rows, coverage_rows
+            )
         self._plan = DecodePlan(batch, rows, sparse_rows, scored_rows, weighted_rows, selections)
         return self._plan
 
@@ -171,9 +175,10 @@ class PSADecodeWrapper:
         choices = []
         if log_mass is not None and plan.selections:
             choices = self._selector.choose(layer, plan.selections, log_mass)
-        first_pages = None
+        first_pages = kappa_start = residuals = None
         if self.predictor is not None and log_mass is not None:
             first_pages = self.predictor.first_pages(layer)
+            kappa_start, residuals = self.predictor.correction(layer, q.shape[1])
         out, lse, columns = progressive_decode(
             q,
             k_cache,
@@ -193,6 +198,8 @@ class PSADecodeWrapper:
             backend=self.backend,
             first_pages=first_pages,
             attended=attended,
+            kappa_start=kappa_start,
+            residuals=residuals,
         )
         if choices:
             self._selector.account(layer, choices, columns, q, k_cache, lse, batch, sm_scale)

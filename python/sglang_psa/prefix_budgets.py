@@ -19,11 +19,9 @@ from sglang_psa import compat, state
 from sglang_psa.hooks import Hook, Kind
 
 if TYPE_CHECKING:
-    import torch
-
     from sgl_psa.budget import BudgetPrior
     from sgl_psa.config import PSAConfig
-    from sgl_psa.prediction import Predictor
+    from sgl_psa.prediction import Predictor, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +30,9 @@ NODE, END, DECODED = "psa_budget", "psa_inserted", "psa_decoded"
 
 
 class Learnt(NamedTuple):
-    """What a node keeps: ``state`` float32 [L, Hkv] of a request of ``tokens`` tokens."""
+    """What a node keeps: ``state`` of a request of ``tokens`` tokens."""
 
-    state: torch.Tensor
+    state: Snapshot
     tokens: int
 
 

@@ -8,7 +8,8 @@ import torch
 
 from sgl_psa.budget import BudgetPrior, PriorError
 from sgl_psa.config import ConfigError, PSAConfig
-from sgl_psa.prediction import least_pages, prior_settings
+from sgl_psa.prediction import Snapshot, least_pages, prior_settings
+from sgl_psa.residuals import DECAY, KEPT_STD
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
 from sgl_psa.stats import ROUNDS
@@ -146,7 +147,9 @@ def test_requests_start_from_the_prior_and_from_what_they_inherit(backend, cache
     assert (rounds == 1).all() and step.layer(0).one_round == 1
     assert step.layer(0).pages_attended == KV_HEADS * (60 + 41)
     steps.request(0)
-    steps.wrapper.predictor.inherit(0, steps.table.generation(0), torch.zeros(1, KV_HEADS))
+    steps.wrapper.predictor.inherit(
+        0, steps.table.generation(0), Snapshot(torch.zeros(1, KV_HEADS))
+    )
     _, rounds, _ = steps.step(0)
     assert (rounds[0] > 1).all() and (rounds[1] == 1).all()
     assert steps.wrapper.stats.as_dict()["inherited"] == 1
@@ -188,3 +191,69 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
 def test_the_least_is_what_is_read_without_prediction() -> None:
     config = PSAConfig(sink_pages=2, recent_pages=3, group_pages=5)
     assert least_pages(config) == 10
+
+
+COVERAGE = dataclasses.replace(CONFIG, stop="coverage", coverage=0.8, scorer="sketch")
+
+
+def sums_after(steps: Steps, *seeds: int) -> torch.Tensor:
+    for seed in seeds:
+        steps.step(seed)
+    return steps.wrapper.predictor.residuals.sums.clone()
+
+
+def test_coverage_is_conservative_until_there_are_residuals(backend, cache) -> None:
+    config = dataclasses.replace(COVERAGE, predict=False, conservative=True)
+    tracked, safe = Steps(cache, COVERAGE, backend), Steps(cache, config, backend)
+    for row in (0, 1):  # the second after the first has residuals, and the other has not
+        tracked.request(row)
+        (out, rounds, step), (want, want_rounds, want_step) = tracked.step(row), safe.step(row)
+        assert torch.equal(out[row], want[row]) and torch.equal(rounds[row], want_rounds[row])
+        assert step.row(row).coverage == want_step.row(row).coverage
+    assert not torch.equal(tracked.step(3)[0], safe.step(3)[0])
+
+
+def test_the_next_step_starts_from_the_residuals_of_the_last(backend, cache, monkeypatch) -> None:
+    calls = []
+    run = PSADecodeWrapper.run.__globals__["progressive_decode"]
+    spy = lambda *args, **options: calls.append(options) or run(*args, **options)  # noqa: E731
+    monkeypatch.setitem(PSADecodeWrapper.run.__globals__, "progressive_decode", spy)
+    steps = Steps(cache, COVERAGE, backend)
+    sums = sums_after(steps, 0)[:, 0]
+    assert (calls[0]["kappa_start"] == 0).all()
+    assert torch.equal(calls[0]["residuals"], sums) and (sums[..., 0] >= 3).all()
+    steps.step(1)
+    mean = sums[..., 1] / sums[..., 0]
+    want = mean + (sums[..., 2] / sums[..., 0] - mean.square()).sqrt() * KEPT_STD
+    assert COVERAGE.correction_std < KEPT_STD
+    torch.testing.assert_close(calls[1]["kappa_start"], want, rtol=1e-3, atol=1e-4)
+
+
+def test_only_coverage_rows_keep_residuals(backend, cache) -> None:
+    steps = Steps(cache, CONFIG, backend)
+    steps.step(0)
+    assert steps.wrapper.predictor.residuals.sums is None
+    steps.request(1, psa_coverage=0.8)
+    sums = sums_after(steps, 1, 2)
+    assert (sums[0] == 0).all() and (sums[1, ..., 0] > 0).all()
+    kept = dataclasses.replace(COVERAGE, conservative=True)
+    steps = Steps(cache, kept, backend)
+    steps.step(0)
+    assert steps.wrapper.predictor.residuals.sums is None
+
+
+def test_residuals_go_with_the_request_and_its_snapshot(backend, cache) -> None:
+    steps = Steps(cache, COVERAGE, backend)
+    warm = sums_after(steps, 0, 1, 2)
+    snapshot = steps.wrapper.predictor.snapshot(0)
+    assert torch.equal(snapshot.residuals, warm[0])
+    assert torch.equal(snapshot.log_needed, steps.state[0])
+    steps.request(0)
+    again = sums_after(steps, 0)
+    fresh = sums_after(Steps(cache, COVERAGE, backend), 0)
+    torch.testing.assert_close(again[0], fresh[0])
+    assert (again[1, ..., 0] > warm[1, ..., 0]).all()
+    steps.request(1)
+    steps.wrapper.predictor.inherit(1, steps.table.generation(1), snapshot)
+    inherited = sums_after(steps, 4)
+    assert (inherited[1, ..., 0] > DECAY * warm[0, ..., 0]).all()

@@ -202,6 +202,21 @@ def test_a_request_inherits_once(backend, tree, finished) -> None:
     assert backend.wrapper.predictor.inherited == 1
 
 
+def test_residuals_are_inherited_with_the_predictions(backend, tree, finished) -> None:
+    residuals = backend.wrapper.predictor.residuals
+    residuals.reserve(REQUESTS, 6)[3] = 9.0
+    assert started(backend, tree, [*SHARED, *tokens(8, 300)]) == 4.0
+    assert not residuals.sums[3].any()  # nobody had residuals when that request finished
+    request = Request(tree, [*SHARED, *tokens(8, 500)], 1)
+    request.decode(*tokens(3, 400))
+    learnt(backend, 1, 5.0)
+    residuals.sums[1] = 7.0
+    request.finish()
+    residuals.sums[1] = 2.0
+    assert started(backend, tree, [*SHARED, *tokens(8, 600)]) == 5.0
+    assert (residuals.sums[3] == 7.0).all() and (residuals.sums[1] == 2.0).all()
+
+
 def test_without_a_tree_there_is_nothing_to_inherit(backend) -> None:
     request = SimpleNamespace(
         last_node=None, prefix_indices=torch.arange(40), origin_input_ids=SHARED, output_ids=[]

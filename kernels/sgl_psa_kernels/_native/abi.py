@@ -45,7 +45,7 @@ class DecodeArgs(ctypes.Structure):
         *_fields(c_int32, "sink_pages recent_pages group_pages reserved"),
         *_fields(c_int64, "k_token_stride k_head_stride v_token_stride v_head_stride"),
         *_fields(c_void_p, "k v log_mass mode threshold kappa_floor kappa_std out lse stats"),
-        *_fields(c_void_p, "first_pages attended"),
+        *_fields(c_void_p, "first_pages attended kappa_start residuals"),
     ]
 
 

@@ -47,6 +47,8 @@ def progressive_decode(
     backend: str,
     first_pages: torch.Tensor | None = None,
     attended: torch.Tensor | None = None,
+    kappa_start: torch.Tensor | None = None,
+    residuals: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of one query token per row over the pages that the row's rule selects.
 
@@ -67,8 +69,9 @@ def progressive_decode(
         mode: int32 [B]: 0 dense, 1 marginal, 2 coverage, 3 conservative coverage.
         threshold: float32 [B]: marginal: log(delta); both coverages: log((1 - p) / p).
         kappa_floor: float32 [B], coverages only: lower clamp of the correction kappa of the
-            estimated rest. kappa follows from exact minus estimated log masses: of the last group
-            (coverage), or of every page attended so far, forced pages included (conservative).
+            estimated rest. kappa follows from the residuals, exact minus estimated log masses: of
+            the last group (coverage, before the first group 0), or of every page attended so far,
+            forced pages included (conservative).
         kappa_std: float32 [B], coverages only: multiple of the standard deviation in kappa.
         page_size: tokens per page, a power of two.
         sm_scale: softmax scale, usually D ** -0.5.
@@ -80,6 +83,12 @@ def progressive_decode(
             included, and at least ``group_pages``. None: every group has ``group_pages``.
         attended: uint8 [B, Hkv, max_pages], contiguous, written if given: 1 for every page that
             was attended, 0 for all others.
+        kappa_start: float32 [B, Hq], coverages only, not NaN: a correction known beforehand. It is
+            in force before the first group, and kappa is never below it. None: as said at
+            ``kappa_floor``.
+        residuals: float32 [B, Hq, 3], contiguous, written if given: count, sum and sum of squares
+            of the residuals of all pages attended that have an estimate, forced pages included. 0
+            for rows without a coverage rule.
 
     Returns:
         out [B, Hq, D] in the dtype of q; lse float32 [B, Hq], natural log, of what was attended;
@@ -125,6 +134,11 @@ def progressive_decode(
     if attended is not None:
         shape = (batch, k_cache.shape[1], page_table.shape[1])
         checks.check_tensor(op, "attended", attended, torch.uint8, shape)
+    heads = (batch, q.shape[1])
+    if kappa_start is not None:
+        checks.check_tensor(op, "kappa_start", kappa_start, torch.float32, heads)
+    if residuals is not None:
+        checks.check_tensor(op, "residuals", residuals, torch.float32, (*heads, 3))
     checks.require(group_pages >= 1, f"{op}: group_pages must be >= 1, got {group_pages}")
     return implementation(
         q,
@@ -144,6 +158,8 @@ def progressive_decode(
         group_pages=group_pages,
         first_pages=first_pages,
         attended=attended,
+        kappa_start=kappa_start,
+        residuals=residuals,
     )
 
 

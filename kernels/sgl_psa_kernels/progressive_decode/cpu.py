@@ -26,11 +26,13 @@ def progressive_decode(
     group_pages: int,
     first_pages: torch.Tensor | None = None,
     attended: torch.Tensor | None = None,
+    kappa_start: torch.Tensor | None = None,
+    residuals: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.progressive_decode.progressive_decode`."""
     op = "progressive_decode"
     require_cpu(op, q, k_cache, v_cache, page_table, seq_lens, log_mass, mode, threshold)
-    require_cpu(op, kappa_floor, kappa_std, first_pages, attended)
+    require_cpu(op, kappa_floor, kappa_std, first_pages, attended, kappa_start, residuals)
     batch, num_qo_heads, _ = q.shape
     num_kv_heads = k_cache.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype)
@@ -66,6 +68,8 @@ def progressive_decode(
         stats=stats.data_ptr(),
         first_pages=None if first_pages is None else first_pages.data_ptr(),
         attended=None if attended is None else attended.data_ptr(),
+        kappa_start=None if kappa_start is None else kappa_start.data_ptr(),
+        residuals=None if residuals is None else residuals.data_ptr(),
     )
     call(op, "psa_progressive_decode", args)
     return out, lse, stats

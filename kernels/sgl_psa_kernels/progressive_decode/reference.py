@@ -65,11 +65,22 @@ class Residuals:
     rule: Rule
     values: list[torch.Tensor]
 
+    @classmethod
+    def none(cls, rule: Rule, log_mass: torch.Tensor) -> "Residuals":
+        """No residuals yet, for the query heads of log_mass [G, pages]."""
+        return cls(rule, list(log_mass[:, :0]))
+
     def add(self, exact: torch.Tensor, estimate: torch.Tensor) -> None:
         """Add the pages of exact, estimate [G, pages]."""
         for h, (x, e) in enumerate(zip(exact, estimate, strict=True)):
             known = torch.isfinite(e)
             self.values[h] = torch.cat([self.values[h], x[known] - e[known]])
+
+    def sums(self) -> torch.Tensor:
+        """Count, sum and sum of squares, [G, 3]."""
+        return torch.stack(
+            [torch.stack([x.new_tensor(len(x)), x.sum(), x.square().sum()]) for x in self.values]
+        )
 
     def correction(self) -> torch.Tensor:
         """kappa [G]: mean + kappa_std * standard deviation, at least kappa_floor."""
@@ -90,8 +101,12 @@ def select_and_attend(
     recent_pages: int,
     group_pages: int,
     first_pages: int,
-) -> list[float]:
-    """The progressive loop for log_mass [G, n]; returns the statistics."""
+    kappa_start: torch.Tensor | None,
+) -> tuple[list[float], torch.Tensor]:
+    """The progressive loop for log_mass [G, n] and kappa_start [G].
+
+    Returns the statistics, and the sums [G, 3] of the residuals under a coverage rule.
+    """
     n = log_mass.shape[1]
     # A page whose estimate is +inf or NaN in any head has no usable estimate.
     stale = (~(log_mass < INF)).any(0).tolist()
@@ -101,12 +116,17 @@ def select_and_attend(
         if page < sink_pages or page >= n - max(recent_pages, 1) or stale[page]
     ]
     exact = head.attend(forced)
-    residuals = Residuals(rule, list(log_mass[:, :0]))
+    residuals, seen = Residuals.none(rule, log_mass), Residuals.none(rule, log_mass)
     kappa = torch.zeros_like(head.lse)
+    lowest = torch.full_like(head.lse, -INF) if kappa_start is None else kappa_start
+    fresh = [i for i, page in enumerate(forced) if not stale[page]]
+    if rule.mode in (COVERAGE, CONSERVATIVE):
+        seen.add(exact[:, fresh], log_mass[:, [forced[i] for i in fresh]])
     if rule.mode == CONSERVATIVE:
-        fresh = [i for i, page in enumerate(forced) if not stale[page]]
-        residuals.add(exact[:, fresh], log_mass[:, [forced[i] for i in fresh]])
-        kappa = residuals.correction()
+        residuals = seen
+        kappa = torch.maximum(residuals.correction(), lowest)
+    elif rule.mode == COVERAGE and kappa_start is not None:
+        kappa = kappa_start.clamp(min=rule.kappa_floor)
     remaining = [page for page in range(n) if page not in set(forced)]
     scored = len(remaining)
 
@@ -128,10 +148,12 @@ def select_and_attend(
             if bool((left + kappa <= head.lse + rule.threshold).all()):
                 break
             group = remaining[:size]
+            exact = head.attend(group)
+            seen.add(exact, log_mass[:, group])
             if rule.mode == COVERAGE:
-                residuals = Residuals(rule, list(log_mass[:, :0]))
-            residuals.add(head.attend(group), log_mass[:, group])
-            kappa = residuals.correction()
+                residuals = Residuals.none(rule, log_mass)
+                residuals.add(exact, log_mass[:, group])
+            kappa = torch.maximum(residuals.correction(), lowest)
         rounds += 1
         remaining = [page for page in remaining if page not in set(group)]
 
@@ -140,7 +162,7 @@ def select_and_attend(
         left = torch.logsumexp(log_mass[:, remaining], dim=1) + kappa
         coverage = float(torch.sigmoid(head.lse - left).min())
     tokens = sum(len(head.keys[page]) for page in head.attended)
-    return [len(head.attended), tokens, scored, rounds, coverage, sum(stale)]
+    return [len(head.attended), tokens, scored, rounds, coverage, sum(stale)], seen.sums()
 
 
 def progressive_decode(
@@ -162,6 +184,8 @@ def progressive_decode(
     group_pages: int,
     first_pages: torch.Tensor | None = None,
     attended: torch.Tensor | None = None,
+    kappa_start: torch.Tensor | None = None,
+    residuals: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.progressive_decode.progressive_decode`.
 
@@ -178,6 +202,8 @@ def progressive_decode(
     stats = torch.zeros(batch, num_kv_heads, NUM_STATS)
     if attended is not None:
         attended.zero_()
+    if residuals is not None:
+        residuals.zero_()
     for b in range(batch):
         seq_len = int(seq_lens[b])
         n = checks.check_row_length(op, b, seq_len, page_table.shape[1], page_size)
@@ -211,7 +237,7 @@ def progressive_decode(
                 row_stats = [float(n), float(seq_len), 0.0, 0.0, 1.0, 0.0]
             else:
                 estimates = log_mass[b, heads, :n].to(work)
-                row_stats = select_and_attend(
+                row_stats, sums = select_and_attend(
                     head,
                     estimates,
                     rule,
@@ -219,7 +245,10 @@ def progressive_decode(
                     recent_pages,
                     group_pages,
                     0 if first_pages is None else int(first_pages[b, h]),
+                    None if kappa_start is None else kappa_start[b, heads].to(work),
                 )
+                if residuals is not None:
+                    residuals[b, heads] = sums.to(residuals.dtype)
             out[b, heads] = head.out.to(q.dtype)
             lse[b, heads] = head.lse
             if attended is not None:

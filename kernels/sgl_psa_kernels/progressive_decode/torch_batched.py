@@ -10,7 +10,13 @@ from typing import NamedTuple
 
 import torch
 
-from sgl_psa_kernels.progressive_decode.modes import CONSERVATIVE, DENSE, MARGINAL, NUM_STATS
+from sgl_psa_kernels.progressive_decode.modes import (
+    CONSERVATIVE,
+    COVERAGE,
+    DENSE,
+    MARGINAL,
+    NUM_STATS,
+)
 
 INF = float("inf")
 #: Pages gathered at once; bounds the memory of a dense row.
@@ -81,29 +87,22 @@ class State:
         return mass
 
 
-class Residuals:
-    """Sums of exact minus estimated log masses of attended pages; float64 [3, R, G]."""
+def residual_sums(exact: torch.Tensor, estimate: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Count, sum and sum of squares of exact minus estimated log masses, float64 [3, R, G].
 
-    def __init__(self, like: torch.Tensor) -> None:
-        self.dtype = like.dtype
-        self.sums = like.new_zeros(3, *like.shape, dtype=torch.float64)
+    Of the pages [R, G, K] where ``valid`` [R, K] and where there is an estimate.
+    """
+    mask = valid[:, None] & torch.isfinite(estimate)
+    x = (exact.double() - estimate.double()).masked_fill(~mask, 0.0)
+    return torch.stack([mask.sum(-1), x.sum(-1), x.square().sum(-1)])
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Start anew except in ``rows`` bool [R]."""
-        self.sums *= rows[:, None]
 
-    def add(self, exact: torch.Tensor, estimate: torch.Tensor, valid: torch.Tensor) -> None:
-        """Add pages [R, G, K] where ``valid`` [R, K] and where there is an estimate."""
-        mask = valid[:, None] & torch.isfinite(estimate)
-        x = (exact.double() - estimate.double()).masked_fill(~mask, 0.0)
-        self.sums += torch.stack([mask.sum(-1), x.sum(-1), x.square().sum(-1)])
-
-    def correction(self, std: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
-        """kappa [R, G]: mean + std * deviation, at least floor."""
-        count, total, square = self.sums[0].clamp(min=1), self.sums[1], self.sums[2]
-        mean = total / count
-        spread = (square / count - mean.square()).clamp(min=0).sqrt()
-        return torch.maximum(mean + std[:, None] * spread, floor[:, None]).to(self.dtype)
+def correction(sums: torch.Tensor, std: torch.Tensor, lowest: torch.Tensor) -> torch.Tensor:
+    """kappa [R, G] from sums [3, R, G]: mean + std * deviation, at least ``lowest`` [R, G]."""
+    count, total, square = sums[0].clamp(min=1), sums[1], sums[2]
+    mean = total / count
+    spread = (square / count - mean.square()).clamp(min=0).sqrt()
+    return torch.maximum((mean + std[:, None] * spread).to(lowest.dtype), lowest)
 
 
 def _first(wanted: torch.Tensor, order: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
@@ -135,6 +134,8 @@ def progressive_decode(
     group_pages: int,
     first_pages: torch.Tensor | None = None,
     attended: torch.Tensor | None = None,
+    kappa_start: torch.Tensor | None = None,
+    residuals: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.progressive_decode.progressive_decode`."""
     batch, num_q, dim = q.shape
@@ -169,21 +170,26 @@ def progressive_decode(
     forced = (place < sink_pages) | (place >= count[:, None] - max(recent_pages, 1)) | stale
     forced = (forced | ~sparse[:, None]) & exists
     known, safe = estimate, kind == CONSERVATIVE
+    by_coverage = safe | (kind == COVERAGE)
     estimate = torch.where((exists & ~forced)[:, None], estimate, -INF)
 
     logical = place.expand(batch * num_kv, -1)
     index, valid = _first(forced, logical, int(forced.sum(1).max()) if batch else 0)
-    residuals = Residuals(state.lse)
+    seen = state.lse.new_zeros(3, *state.lse.shape, dtype=torch.float64)
     if index.shape[1]:
         exact = state.attend(index, valid)
-        fresh = valid & safe[:, None] & ~stale.gather(1, index)
-        residuals.add(exact, known.gather(2, index[:, None].expand_as(exact)), fresh)
+        fresh = valid & by_coverage[:, None] & ~stale.gather(1, index)
+        seen += residual_sums(exact, known.gather(2, index[:, None].expand_as(exact)), fresh)
     total = torch.logaddexp(state.lse, torch.logsumexp(estimate, -1))
     key = (estimate - total[..., None]).amax(1)
     order = torch.argsort(key, dim=1, descending=True, stable=True)
     scored = (exists & ~forced).sum(1) * sparse
     rounds = torch.zeros_like(count)
-    kappa = torch.where(safe[:, None], residuals.correction(std, floor), 0.0)
+    lowest, kappa = floor[:, None].expand_as(state.lse), torch.zeros_like(state.lse)
+    if kappa_start is not None:
+        lowest = lowest.maximum(kappa_start.to(work).view(lowest.shape))
+        kappa = torch.where((kind == COVERAGE)[:, None], lowest, kappa)
+    kappa = torch.where(safe[:, None], correction(seen, std, lowest), kappa)
     running = sparse & (scored > 0)
     ends, size = None, group_pages
     if first_pages is not None:
@@ -205,10 +211,11 @@ def progressive_decode(
             ends, size = None, group_pages
         exact = state.attend(index, valid)
         rounds += running
-        residuals.keep(safe)
-        residuals.add(exact, known.gather(2, index[:, None].expand_as(exact)), valid)
-        new = residuals.correction(std, floor)
-        kappa = torch.where((running & (kind != MARGINAL))[:, None], new, kappa)
+        guess = known.gather(2, index[:, None].expand_as(exact))
+        latest = residual_sums(exact, guess, valid & by_coverage[:, None])
+        seen += latest
+        new = correction(torch.where(safe[:, None], seen, latest), std, lowest)
+        kappa = torch.where((running & by_coverage)[:, None], new, kappa)
 
     rest = estimate.masked_fill((state.done | ~exists)[:, None], -INF)
     remaining = torch.logsumexp(rest, -1) + kappa
@@ -217,6 +224,8 @@ def progressive_decode(
     read = state.done & exists
     if attended is not None:
         attended.copy_(read.view(attended.shape))
+    if residuals is not None:
+        residuals.copy_(seen.movedim(0, -1).view(residuals.shape))
     columns = [
         read.sum(1),
         (read * tokens).sum(1),

@@ -34,6 +34,7 @@ void padding_row(const PsaDecodeArgs& a, int row) {
   std::fill(s, s + (int64_t)a.rows.num_kv_heads * PSA_NUM_STATS, 0.0f);
   if (uint8_t* attended = attended_of(a, row, 0))
     std::memset(attended, 0, (size_t)a.rows.num_kv_heads * a.rows.max_pages);
+  if (float* residuals = residuals_of(a, first)) std::fill(residuals, residuals + 3 * heads, 0.0f);
 }
 
 template <class T>

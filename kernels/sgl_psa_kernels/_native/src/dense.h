@@ -86,6 +86,7 @@ void merge_chunks(const PsaDecodeArgs& a, int row, int kv_head, int chunks, cons
     HeadState st{nullptr, acc, &m, &l};
     const int64_t at = (int64_t)row * r.num_qo_heads + head;
     write_head<T>(a, at, st, 0);
+    if (float* residuals = residuals_of(a, at)) std::fill(residuals, residuals + 3, 0.0f);
   }
   float* s = stats_of(a, row, kv_head);
   std::fill(s, s + PSA_NUM_STATS, 0.0f);

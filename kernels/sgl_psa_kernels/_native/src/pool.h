@@ -69,4 +69,10 @@ inline uint8_t* attended_of(const PsaDecodeArgs& a, int row, int kv_head) {
   return a.attended + ((int64_t)row * a.rows.num_kv_heads + kv_head) * a.rows.max_pages;
 }
 
+// (count, sum, sum of squares) of the residuals of query head `at` in [batch * Hq]; null if nobody
+// asks.
+inline float* residuals_of(const PsaDecodeArgs& a, int64_t at) {
+  return a.residuals ? a.residuals + 3 * at : nullptr;
+}
+
 }  // namespace psa

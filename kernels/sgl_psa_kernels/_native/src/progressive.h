@@ -27,7 +27,7 @@ class Progressive {
     scratch.reset(HeadState::bytes(group_, dim_) + Estimates::bytes(group_, n_) +
                   Scratch::need<float>((size_t)HEAD_BLOCK * pitch_) + Scratch::need<uint8_t>(n_) +
                   Scratch::need<uint64_t>(n_) + Scratch::need<int>(n_) +
-                  4 * Scratch::need<float>(group_) + Scratch::need<Residuals>(group_) +
+                  4 * Scratch::need<float>(group_) + 2 * Scratch::need<Residuals>(group_) +
                   Scratch::need<LeftMass>(group_));
     st_.take(scratch, group_, dim_);
     left_.take(scratch, group_, n_);
@@ -41,12 +41,13 @@ class Progressive {
     mass_ = scratch.take<float>(group_);
     bar_ = scratch.take<float>(group_);
     residuals_ = scratch.take<Residuals>(group_);
+    earlier_ = scratch.take<Residuals>(group_);
   }
 
   void run() {
     if (attended_) std::memset(attended_, 0, a_.rows.max_pages);
     st_.start(pool_.q(head_), a_.rows.q_head_stride, group_, dim_, a_.rows.sm_scale);
-    const int64_t at = (int64_t)row_ * a_.rows.num_qo_heads + head_ * group_;
+    const int64_t at = first_head();
     left_.copy_from(a_.log_mass + at * a_.rows.max_pages, a_.rows.max_pages);
     attend_forced();
     Ranking order(entries_);
@@ -57,11 +58,17 @@ class Progressive {
       else
         coverage(order);
     }
-    for (int g = 0; g < group_; g++) write_head<T>(a_, at + g, st_, g);
+    for (int g = 0; g < group_; g++) {
+      write_head<T>(a_, at + g, st_, g);
+      earlier_[g].add(residuals_[g]);
+      if (float* residuals = residuals_of(a_, at + g)) earlier_[g].write(residuals);
+    }
     write_stats();
   }
 
  private:
+  int64_t first_head() const { return (int64_t)row_ * a_.rows.num_qo_heads + head_ * group_; }
+
   void attend(int page, int fetch, bool want_mass) {
     const PageView<T> p = pool_.view(page, head_, fetch, head_);
     attend_page_(st_, group_, dim_, p, logits_, pitch_, want_mass ? mass_ : nullptr);
@@ -77,8 +84,21 @@ class Progressive {
     attend(page, fetch, wanted);
     for (int g = 0; wanted && g < group_; g++) residuals_[g].add(mass_[g], bar_[g]);
   }
+  // Of the residuals since they were cleared, never below the correction that the call began with.
   float correction(int g) const {
-    return residuals_[g].correction(a_.kappa_std[row_], a_.kappa_floor[row_]);
+    const float kappa = residuals_[g].correction(a_.kappa_std[row_], a_.kappa_floor[row_]);
+    return a_.kappa_start ? std::max(kappa, a_.kappa_start[first_head() + g]) : kappa;
+  }
+  float start(int g) const {
+    if (!a_.kappa_start || a_.mode[row_] != PSA_COVERAGE) return 0;
+    return std::max(a_.kappa_start[first_head() + g], a_.kappa_floor[row_]);
+  }
+  // Starts the residuals of another group.
+  void next_group() {
+    for (int g = 0; g < group_; g++) {
+      earlier_[g].add(residuals_[g]);
+      residuals_[g].clear();
+    }
   }
 
   void attend_forced() {
@@ -90,13 +110,15 @@ class Progressive {
       if (p < a_.sink_pages || p >= recent || stale_[p]) forced_[count++] = p;
     }
     const bool conservative = a_.mode[row_] == PSA_CONSERVATIVE;
-    for (int g = 0; g < group_; g++) residuals_[g].clear();
+    const bool wanted =
+        conservative || (a_.residuals && a_.mode[row_] == PSA_COVERAGE);
+    for (int g = 0; g < group_; g++) residuals_[g].clear(), earlier_[g].clear();
     for (int i = 0; i < count; i++) {
       const int ahead = i + PREFETCH_PAGES, page = forced_[i];
       attend_and_compare(page, ahead < count ? forced_[ahead] : -1,
-                         conservative && !stale_[page]);
+                         wanted && !stale_[page]);
     }
-    for (int g = 0; g < group_; g++) kappa_[g] = conservative ? correction(g) : 0;
+    for (int g = 0; g < group_; g++) kappa_[g] = conservative ? correction(g) : start(g);
     scored_ = n_ - count;
   }
 
@@ -164,8 +186,7 @@ class Progressive {
       }
       if (stop || next == order.size()) break;
       const int end = std::min(order.size(), next + group_size());
-      if (a_.mode[row_] == PSA_COVERAGE)
-        for (int g = 0; g < group_; g++) residuals_[g].clear();
+      if (a_.mode[row_] == PSA_COVERAGE) next_group();
       for (; next < end; next++) {
         const int page = order[next];
         attend_and_compare(page, order.peek(next + PREFETCH_PAGES), true);
@@ -203,7 +224,7 @@ class Progressive {
   uint64_t* entries_;
   int* forced_;
   float *logits_, *total_, *kappa_, *mass_, *bar_;
-  Residuals* residuals_;
+  Residuals *residuals_, *earlier_;  // of the last group (conservative: of all), of those before
   LeftMass* rest_;
   int pages_done_ = 0, tokens_done_ = 0, scored_ = 0, rounds_ = 0, stale_pages_ = 0;
 };

@@ -78,6 +78,8 @@ typedef struct {
   float *stats; /* [batch, num_kv_heads, PSA_NUM_STATS] */
   const int32_t *first_pages; /* [batch, num_kv_heads] or NULL */
   uint8_t *attended;          /* [batch, num_kv_heads, max_pages] or NULL */
+  const float *kappa_start;   /* [batch, num_qo_heads] or NULL */
+  float *residuals;           /* [batch, num_qo_heads, 3] or NULL: count, sum, sum of squares */
 } PsaDecodeArgs;
 
 typedef struct {

@@ -11,6 +11,11 @@ struct Residuals {
   int count;
 
   void clear() { *this = {}; }
+  void add(const Residuals& other) {
+    sum += other.sum;
+    square += other.square;
+    count += other.count;
+  }
   // An estimate of +-inf or NaN is none: its page does not count.
   void add(float exact, float estimate) {
     if (!std::isfinite(estimate)) return;
@@ -25,6 +30,11 @@ struct Residuals {
     const double variance = std::max(0.0, square / n - mean * mean);
     const float kappa = (float)(mean + std_multiple * std::sqrt(variance));
     return kappa < floor ? floor : kappa;
+  }
+  void write(float* to) const {
+    to[0] = (float)count;
+    to[1] = (float)sum;
+    to[2] = (float)square;
   }
 };
 
