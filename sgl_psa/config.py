@@ -222,7 +222,7 @@ class PSAConfig:
         policy = POLICIES[self.policy]
         object.__setattr__(self, "scorer", legal.resolve_scorer(policy, self.scorer))
         legal.check_budget(policy, self.budget_pages, self.sink_pages, self.recent_pages)
-        legal.check_prediction(policy, self.predict, self.budget_prior)
+        legal.check_prediction(policy, self.predict, self.budget_prior, self.backend)
         legal.check_summaries(self.scorer, self.summary_bits, self.backend)
         if self.compensate:
             legal.check_compensation(policy, self.scorer, self.backend)

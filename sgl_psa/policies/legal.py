@@ -146,7 +146,7 @@ def check_budget(
         )
 
 
-def check_prediction(policy: Policy, predict: bool, prior: str) -> None:
+def check_prediction(policy: Policy, predict: bool, prior: str, backend: str) -> None:
     """Refuse a prior that nothing reads, and predictions where no stop rule ends reading.
 
     Raises:
@@ -158,6 +158,11 @@ def check_prediction(policy: Policy, predict: bool, prior: str) -> None:
         raise ConfigError(
             f"predict: policy {policy.name} has no stop rule whose pages could be predicted; drop "
             "predict, or choose policy psa"
+        )
+    if predict and backend == "triton":
+        raise ConfigError(
+            "predict=true: backend triton does not tell the residuals that the coverage rule's "
+            "prediction keeps; set backend to auto or torch, or drop predict"
         )
 
 

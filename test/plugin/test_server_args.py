@@ -112,6 +112,18 @@ def test_compensation_without_good_estimates_is_refused():
         parse(*PSA, "--psa-compensate", "--psa-backend", "triton")
 
 
+@pytest.mark.parametrize(
+    ("flags", "fix"),
+    [
+        (["--psa-predict"], "set backend to auto or torch, or drop predict"),
+        (["--psa-scorer", "box", "--psa-summary-bits", "8"], "set summary_bits to 16"),
+    ],
+)
+def test_what_triton_does_not_have_is_refused(flags, fix):
+    with pytest.raises(StartUpError, match=fix):
+        parse(*PSA, "--psa-backend", "triton", *flags)
+
+
 def test_boolean_flag_may_stand_alone():
     assert parse(*PSA, "--psa-conservative").psa_conservative is True
     assert parse(*PSA, "--psa-conservative", "false").psa_conservative is False

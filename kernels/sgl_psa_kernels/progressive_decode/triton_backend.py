@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from sgl_psa_kernels.checks import require
 from sgl_psa_kernels.progressive_decode.modes import NUM_STATS
 from sgl_psa_kernels.triton_support import (
     dot_dtype,
@@ -52,6 +53,8 @@ def progressive_decode(
     group_pages: int,
     first_pages: torch.Tensor | None = None,
     attended: torch.Tensor | None = None,
+    kappa_start: torch.Tensor | None = None,
+    residuals: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.progressive_decode.progressive_decode`.
 
@@ -59,6 +62,10 @@ def progressive_decode(
     mode outside of 0..3 attends forced pages only. Rows with a rule but no ``log_mass`` attend all.
     """
     op, folder = "progressive_decode", "progressive_decode"
+    require(
+        kappa_start is None and residuals is None,
+        f"{op}: backend 'triton' has neither kappa_start nor residuals; use 'torch'",
+    )
     given = [q, k_cache, v_cache, page_table, seq_lens, log_mass, mode, threshold]
     given += [kappa_floor, kappa_std, first_pages, attended]
     select = kernels(op, f"{folder}.triton_select", *given)
