@@ -11,8 +11,9 @@ from sgl_psa.rule_table import RuleRows
 
 REQUESTED = (0.90, 0.95, 0.99)
 DELTAS = (0.3, 0.1, 0.03)
-#: plain: the estimates as they are; corrected: by the last group; conservative: by everything read.
-MODES = ("plain", "corrected", "conservative")
+#: plain: the estimates as they are; corrected: by the last group; tracked: also by what earlier
+#: steps saw (``predict``); conservative: by everything read.
+MODES = ("plain", "corrected", "tracked", "conservative")
 #: Makes mean + std * deviation fall below the floor of 0, so that nothing is corrected.
 _NO_CORRECTION = -1e30
 
@@ -44,6 +45,7 @@ def settings(scorer: ScorerName) -> list[Setting]:
                 stop="coverage",
                 coverage=coverage,
                 conservative=mode == "conservative",
+                predict=mode == "tracked",
                 scorer=scorer,
                 min_context=0,
             )

@@ -244,7 +244,7 @@ def replay() -> Replay:
 
 
 @pytest.mark.parametrize("scorer", ["sketch", "hybrid"])
-def test_conservative_mode_keeps_its_promise_on_a_model(replay: Replay, scorer) -> None:
+def test_the_safe_modes_keep_their_promise_on_a_model(replay: Replay, scorer) -> None:
     table = settings(scorer)
     rows = [
         report_row(s, {replay.length: m}) for s, m in zip(table, replay.measure(table), strict=True)
@@ -253,10 +253,12 @@ def test_conservative_mode_keeps_its_promise_on_a_model(replay: Replay, scorer) 
     assert {r["rows"] for r in rows} == {10 * heads * len(replay.k)}
     asked = {(r["mode"], r["requested"]): r for r in rows if r["stop"] == "coverage"}
     for requested in REQUESTED:
-        safe = asked["conservative", requested]
-        assert safe["violation_rate"] <= 0.05
-        assert safe["achieved_mean"] > requested
+        safe, tracked = asked["conservative", requested], asked["tracked", requested]
+        for mode in (safe, tracked):
+            assert mode["violation_rate"] <= 0.05
+            assert mode["achieved_mean"] > requested
         assert safe["pages_fraction"] >= asked["plain", requested]["pages_fraction"]
+        assert tracked["pages_fraction"] >= asked["corrected", requested]["pages_fraction"]
     for mode in MODES:
         pages = [asked[mode, requested]["pages_fraction"] for requested in REQUESTED]
         assert pages == sorted(pages) and pages[-1] < 1
