@@ -89,15 +89,15 @@ def test_inactive_rows_are_not_read() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_summaries(case: Case) -> None:
     for kind in summaries.KINDS:
-        summaries.test_update_matches_float64(case, kind, "triton")
-        summaries.test_score_matches_float64(case, kind, "triton")
-    summaries.test_the_stored_box_contains_every_key_and_little_more(case, "triton")
-    summaries.test_the_box_bounds_the_best_logit_and_the_page_mass(case, "triton")
+        summaries.test_update_matches_float64(case, kind, "triton", bits=16)
+        summaries.test_score_matches_float64(case, kind, "triton", bits=16)
+    summaries.test_the_stored_box_contains_every_key_and_little_more(case, "triton", bits=16)
+    summaries.test_the_box_bounds_the_best_logit_and_the_page_mass(case, "triton", bits=16)
 
 
 @pytest.mark.parametrize("kind", summaries.KINDS)
 def test_a_key_that_is_no_number_gives_infinity(kind: str) -> None:
-    summaries.test_a_key_that_is_no_number_gives_infinity("triton", kind)
+    summaries.test_a_key_that_is_no_number_gives_infinity("triton", kind, bits=16)
 
 
 @pytest.mark.parametrize("dim", [64, 80])
