@@ -21,6 +21,7 @@ NEW, LENGTH, FORCED, BITS = 9, 1500, 3, 2
 @pytest.fixture(scope="module")
 def compensating(model: Path, logs: Path) -> Iterator[Server]:
     settings = {"psa_stop": "change", "psa_compensate": True, "max_total_tokens": 16384}
+    settings["psa_scorer"] = "sketch"  # one level, so that every page scored costs the same
     options = flags(model_path=model, **settings, **COMMON, **PSA)
     with running(Server("compensating", options, logs / "compensating.log")) as process:
         yield process
