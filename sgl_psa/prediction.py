@@ -176,6 +176,7 @@ def prior_settings(config: PSAConfig, page_size: int) -> dict[str, object]:
         "knob": rule.knob,
         "scorer": config.scorer,
         "sketch_bits": config.sketch_bits,
+        "candidate_pages": config.candidate_pages,
         "summary_bits": config.summary_bits,
         "group_pages": config.group_pages,
         "sink_pages": config.sink_pages,

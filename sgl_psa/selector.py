@@ -17,7 +17,7 @@ from sgl_psa.policies import POLICIES, Candidates, Policy
 from sgl_psa.policies.swa import local_pages
 from sgl_psa.rule_table import Pick
 from sgl_psa.scorers.base import CacheShape, PageBatch
-from sgl_psa.stats import COVERAGE, SCORED
+from sgl_psa.stats import COVERAGE
 
 
 class Selection(NamedTuple):
@@ -157,13 +157,12 @@ class Selector:
         """After attention: put the rows' statistics right, and keep what later steps need.
 
         ``columns`` float32 [B, Hkv, 6] gets, of policies that read scores, the coverage by the
-        estimates of all pages; of the others no scored pages and NaN for an unknown coverage.
+        estimates of all pages; of the others NaN for an unknown coverage.
         """
         for choice in choices:
             rows = choice.selection.rows
             mine = lse[rows].unflatten(1, (self.shape.num_kv_heads, -1))
             if choice.log_mass is None:
-                columns[rows, :, SCORED] = 0.0
                 columns[rows, :, COVERAGE] = torch.nan
             else:
                 left = choice.selection.pages.exists & ~choice.attended

@@ -124,7 +124,7 @@ def step_stats(
     sparse_rows: int,
     page_size: int,
     cost: ByteCost,
-    scorer_bytes: torch.Tensor | None = None,
+    summary_bytes: torch.Tensor | None = None,
     stops: torch.Tensor | None = None,
 ) -> StepStats:
     """Turn the kernels' statistics into counts.
@@ -132,14 +132,14 @@ def step_stats(
     Args:
         columns: float32 [L, B, Hkv, NUM_COLUMNS]; a coverage of NaN is not known.
         seq_lens: int32 [B]; rows of length 0 are padding and count nothing.
-        scorer_bytes: float32 [L, B, Hkv], bytes read to score pages; ``None``: every scored page
-            cost the same.
+        summary_bytes: float32 [L, B, Hkv], bytes read of what is kept of the pages, to score them
+            and otherwise; ``None``: none.
         stops: bool [B], rows whose reading a stop rule ended; ``None``: no row.
     """
     x = columns.to(torch.float64)
     known = ~torch.isnan(x[..., COVERAGE])
-    if scorer_bytes is None:
-        scorer_bytes = x[..., SCORED] * cost.scored_page
+    if summary_bytes is None:
+        summary_bytes = torch.zeros_like(x[..., PAGES])
     lens = seq_lens.to(torch.float64)[None, :, None].expand(x.shape[:3])
     real = (lens > 0).to(torch.float64)
     if stops is None:
@@ -149,7 +149,7 @@ def step_stats(
         real,
         x[..., PAGES],
         torch.ceil(lens / page_size),
-        x[..., TOKENS] * cost.token + scorer_bytes,
+        x[..., TOKENS] * cost.token + summary_bytes,
         lens * cost.token,
         x[..., ROUNDS],
         x[..., COVERAGE].nan_to_num(nan=0.0),

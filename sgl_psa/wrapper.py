@@ -17,7 +17,7 @@ from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers import Scorer
 from sgl_psa.scorers.base import PageBatch
 from sgl_psa.selector import Selection, Selector
-from sgl_psa.stats import ROUNDS, SCORED, ByteCost, PSAStats, StepStats, step_stats
+from sgl_psa.stats import ROUNDS, ByteCost, PSAStats, StepStats, step_stats
 
 
 class DecodePlan(NamedTuple):
@@ -238,14 +238,18 @@ class PSADecodeWrapper:
         # A step that left layers out says nothing about them.
         if self.predictor is not None and len(columns) == self.stats.num_layers:
             self.predictor.learn(everything[..., ROUNDS])
-        by_page = [layer[..., SCORED] * self.cost.scored_page for layer in layers]
+        # Every page of a scored row has its summary read, those that are forced too.
+        scored = plan.batch.pages_scored(self.page_size)
+        of_rows = (scored * self.cost.scored_page)[:, None].expand(blank.shape[:2])
         step = step_stats(
             everything,
             plan.batch.seq_lens,
             plan.sparse_rows,
             self.page_size,
             self.cost,
-            torch.stack([read.get(i, p) + values.get(i, 0.0) for i, p in enumerate(by_page)]),
+            torch.stack(
+                [read.get(i, of_rows) + values.get(i, 0.0) for i in range(self.stats.num_layers)]
+            ),
             plan.rows.stops & (plan.rows.mode != 0),
         )
         self.stats.add(step)

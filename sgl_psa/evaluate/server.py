@@ -49,6 +49,8 @@ class Server:
         if other and spec.policy != "dense":
             flags = " ".join(f"--psa-{k.replace('_', '-')} {asked[k]}" for k in other)
             return f"the server must be started with {flags}"
+        if spec.stop == "change" and self.config.stop != "change":
+            return "the server must be started with --psa-stop change"
         return None
 
     def measure(

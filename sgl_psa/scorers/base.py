@@ -42,6 +42,11 @@ class PageBatch(NamedTuple):
     seq_lens: torch.Tensor
     active: torch.Tensor
 
+    def pages_scored(self, page_size: int) -> torch.Tensor:
+        """Pages of each active row, int32 [B]; 0 for the others."""
+        pages = torch.div(self.seq_lens + page_size - 1, page_size, rounding_mode="floor")
+        return pages * self.active
+
 
 class Scorer(ABC):
     """Estimates, per page and query head, the log mass log sum exp(scale * q.k).

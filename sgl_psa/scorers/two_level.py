@@ -71,10 +71,7 @@ class TwoLevelScorer(Scorer):
             backend=self.backend,
         )
         self.second.score_codes(layer, rotated, batch, sm_scale, candidates.flags, log_mass)
-        pages = torch.div(
-            batch.seq_lens + shape.page_size - 1, shape.page_size, rounding_mode="floor"
-        )
-        first_bytes = (pages * batch.active * self.first.bytes_per_page).float()
+        first_bytes = (batch.pages_scored(shape.page_size) * self.first.bytes_per_page).float()
         self._read[layer] = first_bytes[:, None] + candidates.count * self.second.bytes_per_page
         return log_mass
 

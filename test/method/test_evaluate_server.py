@@ -96,6 +96,10 @@ def test_policies_that_need_other_settings_are_named(url) -> None:
     reason = runner.refuses(TASKS["single"], spec)
     assert reason == "the server must be started with --psa-scorer hybrid"
     assert runner.refuses(TASKS["single"], policy_spec.parse("psa:0.1", runner.config)) is None
+    change = policy_spec.parse("psa:change:0.1", runner.config)
+    assert runner.refuses(TASKS["single"], change) == (
+        "the server must be started with --psa-stop change"
+    )
 
 
 def test_a_server_without_psa_is_told_apart(url, monkeypatch) -> None:

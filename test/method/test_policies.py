@@ -51,8 +51,8 @@ def test_output_is_dense_attention_over_the_pages_read(backend, policy) -> None:
         counts = step.row(row)
         assert counts.pages_attended == int(read.sum())
         tokens = (read.sum() * PAGE - read[:, -1].sum() * (-length % PAGE)).item()
-        free = KV_HEADS * (count(length) - len(forced(config, count(length))))
-        scored = free * run.scorer.bytes_per_page if POLICIES[policy].reads_scores else 0
+        scored = KV_HEADS * count(length)
+        scored *= run.scorer.bytes_per_page if POLICIES[policy].reads_scores else 0
         assert counts.bytes_read == tokens * 2 * DIM * 4 + scored
     if policy not in ("dense", "swa"):
         assert step.row(0).pages_attended < 0.75 * step.row(0).pages_total

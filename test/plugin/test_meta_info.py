@@ -30,7 +30,7 @@ def a_step(
     lens = torch.tensor(seq_lens, dtype=torch.int32)
     stops = torch.arange(len(seq_lens)) < stopped
     cost = ByteCost(token=8, scored_page=16)
-    return step_stats(columns, lens, len(seq_lens), PAGE, cost, stops=stops)
+    return step_stats(columns, lens, len(seq_lens), PAGE, cost, columns[..., 2] * 16, stops)
 
 
 def reads(*tokens: Any) -> dict[str, Any]:

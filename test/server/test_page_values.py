@@ -15,7 +15,7 @@ from test.server.prompts import Prompts
 
 pytestmark = pytest.mark.server
 
-NEW, LENGTH, FORCED, BITS = 9, 1500, 3, 2
+NEW, LENGTH, BITS = 9, 1500, 2
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_every_byte_is_counted(
     pages = heads * sum(-(-length // PAGE) for length in lengths)
     assert psa["pages_total"] == pages
     tokens = psa["pages_attended"] * PAGE - heads * sum(-length % PAGE for length in lengths)
-    sketches = (pages - FORCED * heads * len(lengths)) * PAGE * (dim * BITS // 8 + 4)
+    sketches = pages * PAGE * (dim * BITS // 8 + 4)
     means = (pages - psa["pages_attended"]) * 2 * dim
     norms = 4 * pages if stop == "change" else 0
     assert psa["bytes_read"] == tokens * 2 * dim * 4 + sketches + means + norms
