@@ -14,12 +14,12 @@ from sgl_psa.config import PSAConfig
 from sgl_psa.evaluate import policy_spec
 from sgl_psa.evaluate.cli import EMBEDDED
 from sgl_psa.evaluate.in_process import InProcess, load_model
+from sgl_psa.evaluate.kept import KeptRuns
 from sgl_psa.evaluate.material import RECALL, Material
-from sgl_psa.evaluate.measurement import build_examples
 from sgl_psa.evaluate.paged_model import PAGE_SIZE
 from sgl_psa.evaluate.policy_spec import DENSE, PolicySpec
-from sgl_psa.evaluate.results import Results, Row, make_row
-from sgl_psa.evaluate.tasks import ACCURACY, TASKS
+from sgl_psa.evaluate.results import Results, Row
+from sgl_psa.evaluate.tasks import ACCURACY
 from sgl_psa.policies import KNOBS, POLICIES
 
 #: Tasks with short answers, and text.
@@ -89,8 +89,8 @@ class PolicyRuns:
         self._results = Results(arguments.rows)
         self._model, self._tokenizer = load_model(str(EMBEDDED), "auto", "cpu")
         self._material = Material(self._tokenizer, RECALL)
-        self._runners: dict[tuple[int, bool], InProcess] = {}
-        fingerprint = self._runner(DENSE_CASE).identity["fingerprint"]
+        self._runs: dict[tuple[int, bool], KeptRuns] = {}
+        fingerprint = self._of(DENSE_CASE).runner.identity["fingerprint"]
         self._results.drop_outdated("embedded", fingerprint)
 
     def measure(self, cases: Iterable[Case], length: int) -> None:
@@ -99,27 +99,23 @@ class PolicyRuns:
         for case in dict.fromkeys([DENSE_CASE, *cases]):
             models.setdefault(case[1:], []).append(case)
         work = [
-            (task, missing)
+            (some[0], missing)
             for some in models.values()
-            for task in self.tasks
-            if (missing := [case for case in some if self._find(case, task, length) is None])
+            for missing in self._of(some[0]).missing(
+                self.tasks, [length], [case.spec for case in some]
+            )
         ]
         count = self._arguments.queries
-        with tqdm(total=sum(len(some) for _, some in work) * count, unit="query") as bar:
-            for task, some in work:
-                _, page_size, share_heads = some[0]
-                heads = "" if share_heads else ", heads apart"
-                bar.set_description(f"{length} {task}, pages of {page_size}{heads}")
-                examples = build_examples(
-                    TASKS[task], task, self._material, length, count, self._arguments.seed
-                )
-                runner = self._runner(some[0])
-                measured = runner.measure(examples, [case.spec for case in some], bar.update)
-                self._keep(task, length, some, measured)
+        with tqdm(total=sum(len(specs) for _, (*_, specs) in work) * count, unit="query") as bar:
+            for case, missing in work:
+                heads = "" if case.share_heads else ", heads apart"
+                bar.set_description(f"{length} {missing[0]}, pages of {case.page_size}{heads}")
+                dense = self._of(DENSE_CASE).find(missing[0], length, DENSE_CASE.spec)
+                self._of(case).measure(missing, bar.update, dense)
 
     def row(self, case: Case, task: str, length: int) -> Row:
         """What ``measure`` found."""
-        found = self._find(case, task, length)
+        found = self._of(case).find(task, length, case.spec)
         assert found is not None, (case.spec.text, task, length)
         return found
 
@@ -137,10 +133,11 @@ class PolicyRuns:
             "share_heads": case.share_heads,
         }
 
-    def _runner(self, case: Case) -> InProcess:
+    def _of(self, case: Case) -> KeptRuns:
+        """The runs of the model that a case runs in."""
         key = case[1:]
-        if key not in self._runners:
-            self._runners[key] = InProcess(
+        if key not in self._runs:
+            runner = InProcess(
                 self._model,
                 self._tokenizer,
                 name="embedded",
@@ -150,24 +147,14 @@ class PolicyRuns:
                 page_size=case.page_size,
                 share_heads=case.share_heads,
             )
-        return self._runners[key]
-
-    def _identity(self, case: Case) -> Row:
-        asked = {"seed": self._arguments.seed, "asked": self._arguments.queries}
-        return {**self._runner(case).identity, "style": RECALL, **asked}
-
-    def _find(self, case: Case, task: str, length: int) -> Row | None:
-        key = {"task": task, "length": length, "spec": case.spec.text}
-        return self._results.find({**self._identity(case), **key})
-
-    def _keep(self, task: str, length: int, cases: Sequence[Case], measured: Sequence[Any]) -> None:
-        dense = self._find(DENSE_CASE, task, length)
-        score = None if dense is None else dense["score"]
-        rows = []
-        for case, one in zip(cases, measured, strict=True):
-            rows.append(make_row(case.spec, task, length, one, score, self._identity(case)))
-            score = rows[-1]["score"] if case == DENSE_CASE else score
-        self._results.add(rows)
+            self._runs[key] = KeptRuns(
+                runner,
+                self._results,
+                self._material,
+                queries=self._arguments.queries,
+                seed=self._arguments.seed,
+            )
+        return self._runs[key]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

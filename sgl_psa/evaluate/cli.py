@@ -14,10 +14,11 @@ import sgl_psa
 from sgl_psa.config import ConfigError
 from sgl_psa.evaluate import policy_spec, report, server
 from sgl_psa.evaluate.in_process import InProcess, load_model
+from sgl_psa.evaluate.kept import KeptRuns
 from sgl_psa.evaluate.material import PLAIN, RECALL, STYLES, ContextTooShort, Material
-from sgl_psa.evaluate.measurement import Runner, build_examples
-from sgl_psa.evaluate.policy_spec import DENSE, PolicySpec
-from sgl_psa.evaluate.results import Results, Row, make_row
+from sgl_psa.evaluate.measurement import Runner
+from sgl_psa.evaluate.policy_spec import PolicySpec
+from sgl_psa.evaluate.results import Results
 from sgl_psa.evaluate.tasks import TASKS
 
 EMBEDDED = Path(sgl_psa.__file__).parent / "assets" / "recall"
@@ -76,23 +77,18 @@ def _run(options: argparse.Namespace) -> None:
     dropped = results.drop_outdated(runner.identity["model"], runner.identity["fingerprint"])
     if dropped:
         print(f"{dropped} rows of another content of {runner.identity['model']} are forgotten")
-    identity = {
-        **runner.identity,
-        "style": style,
-        "seed": options.seed,
-        "asked": options.queries,
-    }
-    work = _work(runner, results, identity, tasks, lengths, specs)
-    material = Material(tokenizer, style)
-    bar = tqdm(total=sum(len(some) for *_, some in work) * options.queries, unit="query")
-    with bar:
+    runs = KeptRuns(
+        runner,
+        results,
+        Material(tokenizer, style),
+        queries=options.queries,
+        seed=options.seed,
+    )
+    work = runs.missing(tasks, lengths, specs)
+    with tqdm(total=sum(len(some) for *_, some in work) * options.queries, unit="query") as bar:
         for task, length, some in work:
             bar.set_description(f"{task} {length}")
-            examples = build_examples(
-                TASKS[task], task, material, length, options.queries, options.seed
-            )
-            measured = runner.measure(examples, some, bar.update)
-            _store(results, identity, task, length, some, measured)
+            runs.measure((task, length, some), bar.update)
     page = report.write(results.rows, options.out)
     print(f"{results.path}: {len(results.rows)} rows; {page}")
 
@@ -151,53 +147,3 @@ def _tasks(options: argparse.Namespace, style: str) -> list[str]:
         if style not in TASKS[name].builders:
             raise ValueError(f"--tasks {name}: not in the {style} style, use --style plain")
     return asked
-
-
-def _work(
-    runner: Runner,
-    results: Results,
-    identity: Row,
-    tasks: Sequence[str],
-    lengths: Sequence[int],
-    specs: Sequence[PolicySpec],
-) -> list[tuple[str, int, list[PolicySpec]]]:
-    """What is not in the results yet; says what the runner cannot do."""
-    work, refused = list[tuple[str, int, list[PolicySpec]]](), dict[tuple[str, str], list[str]]()
-    for length in lengths:
-        for task in tasks:
-            missing = []
-            for spec in specs:
-                reason = runner.refuses(TASKS[task], spec)
-                if reason:
-                    refused.setdefault((task, reason), []).append(spec.text)
-                elif not results.find(_key(identity, task, length, spec)):
-                    missing.append(spec)
-            if missing:
-                work.append((task, length, missing))
-    for (task, reason), left in refused.items():
-        print(f"left out on {task}: {', '.join(dict.fromkeys(left))}: {reason}")
-    return work
-
-
-def _key(identity: Row, task: str, length: int, spec: PolicySpec) -> Row:
-    return {**identity, "task": task, "length": length, "spec": spec.text}
-
-
-def _store(
-    results: Results,
-    identity: Row,
-    task: str,
-    length: int,
-    specs: Sequence[PolicySpec],
-    measured: Sequence[Any],
-) -> None:
-    """Add the rows; dense is the first spec, of this run or of an earlier one."""
-    dense = policy_spec.parse(DENSE)
-    found = results.find(_key(identity, task, length, dense))
-    dense_score = None if found is None else found["score"]
-    rows = []
-    for spec, one in zip(specs, measured, strict=True):
-        rows.append(make_row(spec, task, length, one, dense_score, identity))
-        if spec.text == DENSE:
-            dense_score = rows[-1]["score"]
-    results.add(rows)
