@@ -7,6 +7,7 @@
 #              resumable, about an hour on 2 cores; QUICK=1: a few minutes
 SHELL := /bin/bash
 PORT ?= 30000
+WORKERS ?= 2
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1 \
 	&& { echo $$p; break; }; done)
@@ -14,6 +15,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UV_VERSION := 0.13.8
+# Byte code is kept in the environment: a server imports 5,000 modules in each of its processes.
+unexport PYTHONDONTWRITEBYTECODE
 LINTED := sgl_psa python kernels test benchmark setup.py
 
 .PHONY: setup serve test test-fast test-server eval audit calibrate lint format clean
@@ -32,7 +35,7 @@ serve: $(READY)
 	@exec $(BIN)/python -m sglang_psa.serve --port $(PORT)
 
 test: lint
-	$(BIN)/python -m pytest test
+	$(BIN)/python -m pytest test -n $(WORKERS) --dist loadgroup --durations 20
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest test -m "not server"

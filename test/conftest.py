@@ -1,0 +1,27 @@
+"""How the tests share the cores: several workers, each server started by one of them alone."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers whose threads wait for each other spin on the same cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SHARED = {"server", "uncached"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that talk to the same processes stay on one worker: ``--dist loadgroup``.
+
+    Starting a server takes longer than most tests, and a fixture of the session lives in one
+    worker.
+    """
+    for item in items:
+        if item.get_closest_marker("server") is None:
+            continue
+        fixtures = set(getattr(item, "fixturenames", ()))
+        group = "shared servers" if fixtures & SHARED else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
