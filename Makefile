@@ -1,5 +1,7 @@
 # make serve   set everything up, then serve the embedded model with PSA on 127.0.0.1:$(PORT)
 # make test    set everything up, then pass the tests (and the linters)
+# make bench-ops   time of every op against torch and the machine's bandwidth: out/bench_ops.json,
+#              out/bench_ops.md, out/bench_ops.png; some 10 minutes; QUICK=1: under a minute
 # make audit   requested against achieved coverage, to out/audit.json (QUICK=1: under a minute)
 # make calibrate MODEL=DIR   the prior of the budget prediction, to out/budget_prior.json
 # make lint    ruff and mypy
@@ -16,7 +18,7 @@ READY := $(VENV)/.ready
 UV_VERSION := 0.13.8
 LINTED := sgl_psa python kernels test benchmark setup.py
 
-.PHONY: setup serve test test-fast test-server eval audit calibrate lint format clean
+.PHONY: setup serve test test-fast test-server eval audit calibrate bench-ops lint format clean
 
 setup: $(READY)
 
@@ -48,6 +50,9 @@ calibrate: $(READY)
 
 eval: $(READY)
 	$(BIN)/python -m sgl_psa.evaluate --out out $(if $(filter-out 0,$(QUICK)),--quick)
+
+bench-ops: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmark.ops --out out $(if $(filter-out 0,$(QUICK)),--quick)
 
 lint: $(READY)
 	$(BIN)/ruff check $(LINTED)
