@@ -11,6 +11,7 @@ from sgl_psa_kernels._native import native_available
 from benchmark.ops.keys import mixed
 from sgl_psa.backends import resolve_backend
 from sgl_psa.config import PSAConfig
+from sgl_psa.huge_pages import zero_in_huge_pages
 from sgl_psa.scorers import CacheShape, Scorer, make_scorer
 from sgl_psa.scorers.base import PageBatch
 
@@ -34,7 +35,8 @@ class Heads:
 class Setting:
     """``batch`` requests of ``context`` tokens in every layer of a pool of ``pool_bytes`` or more.
 
-    Every request and layer holds the same keys, each in memory of its own, pages scattered.
+    Every request and layer holds the same keys, each in memory of its own, pages scattered. The
+    pool is allocated as the server's is.
 
     Attributes:
         q: bf16 [B, Hq, D]; k, v: one [slots, Hkv, D] a layer; slots: int64 [B, context].
@@ -70,7 +72,8 @@ class Setting:
     def _pool(self, rows: torch.Tensor) -> torch.Tensor:
         heads = self.heads
         slots = (self.page_table.numel() + 1) * heads.page
-        pool = torch.zeros(slots, heads.kv, heads.dim, dtype=rows.dtype)
+        pool = torch.empty(slots, heads.kv, heads.dim, dtype=rows.dtype)
+        zero_in_huge_pages(pool)
         for row in self.slots:
             pool[row] = rows
         return pool
