@@ -1,5 +1,10 @@
 # make serve   set everything up, then serve the embedded model with PSA on 127.0.0.1:$(PORT)
 # make test    set everything up, then pass the tests (and the linters)
+# make bench-ops   time of every op against torch and the machine's bandwidth: out/bench_ops.json,
+#              out/bench_ops.md, out/bench_ops.png; some 10 minutes; QUICK=1: under a minute
+# make bench-serving   whole engines, side by side: out/bench_serving.json; VLLM_PYTHON=FILE: the
+#              Python of an environment with vLLM's CPU build; hours, see QUICK=1: a few minutes
+# make vllm-env   an environment for vLLM's CPU build, in .venv-vllm
 # make audit   requested against achieved coverage, to out/audit.json (QUICK=1: under a minute)
 # make calibrate MODEL=DIR   the prior of the budget prediction, to out/budget_prior.json
 # make lint    ruff and mypy
@@ -12,6 +17,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1 \
 	&& { echo $$p; break; }; done)
 VENV := .venv
+VLLM_VENV := .venv-vllm
+VLLM_PYTHON ?= $(wildcard $(VLLM_VENV)/bin/python)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UV_VERSION := 0.13.8
@@ -19,7 +26,8 @@ UV_VERSION := 0.13.8
 unexport PYTHONDONTWRITEBYTECODE
 LINTED := sgl_psa python kernels test benchmark setup.py
 
-.PHONY: setup serve test test-fast test-server eval audit calibrate lint format clean
+.PHONY: setup serve test test-fast test-server eval audit calibrate bench-ops bench-serving vllm-env lint \
+	format clean
 
 setup: $(READY)
 
@@ -52,6 +60,20 @@ calibrate: $(READY)
 eval: $(READY)
 	$(BIN)/python -m sgl_psa.evaluate --out out $(if $(filter-out 0,$(QUICK)),--quick)
 
+bench-ops: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmark.ops --out out $(if $(filter-out 0,$(QUICK)),--quick)
+
+bench-serving: $(READY)
+	$(BIN)/python -m benchmark.serving --out out $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) \
+		$(if $(filter-out 0,$(RESUME)),--resume) $(if $(filter-out 0,$(QUICK)),--quick)
+
+vllm-env: $(READY)
+	$(BIN)/uv venv --allow-existing --python $(PYTHON) $(VLLM_VENV)
+	$(BIN)/uv pip install --python $(VLLM_VENV)/bin/python \
+		--override benchmark/serving/vllm_env/overrides.txt \
+		--requirement benchmark/serving/vllm_env/requirements.txt
+	$(VLLM_VENV)/bin/python -c 'import vllm; print("vLLM", vllm.__version__)'
+
 lint: $(READY)
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
@@ -62,4 +84,4 @@ format: $(READY)
 	$(BIN)/ruff format $(LINTED)
 
 clean:
-	rm -rf $(VENV) *.egg-info build dist
+	rm -rf $(VENV) $(VLLM_VENV) *.egg-info build dist

@@ -45,6 +45,19 @@ def spread(samples: list[float]) -> dict[str, float]:
     }
 
 
+def integers(text: str) -> list[int]:
+    """``"1,2"`` as a list, for command lines."""
+    return [int(part) for part in text.split(",")]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as a JSON list; the file is complete or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(rows, indent=1) + "\n")
+    partial.replace(path)
+
+
 def save(name: str, report: dict[str, Any]) -> Path:
     """Write ``results/NAME.json`` with the hardware added; returns its path."""
     RESULTS.mkdir(exist_ok=True)

@@ -13,6 +13,7 @@ import torch
 
 from sgl_psa.backends import resolve_backend
 from sgl_psa.config import PSAConfig
+from sgl_psa.huge_pages import zero_in_huge_pages
 from sgl_psa.scorers import CacheShape, Scorer
 from sgl_psa.summaries import make_summaries
 from sglang_psa.compat import MHATokenToKVPool
@@ -31,6 +32,8 @@ class PSAKVPool(MHATokenToKVPool):
 
     def _create_buffers(self) -> None:
         super()._create_buffers()
+        for buffer in (*self.k_buffer, *self.v_buffer):
+            zero_in_huge_pages(buffer)
         slots = self.size + self.page_size
         if slots % self.page_size:
             raise ValueError(f"KV pool of {slots} slots does not divide into pages")

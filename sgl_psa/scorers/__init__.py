@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sgl_psa.config import PSAConfig
+from sgl_psa.huge_pages import zero_in_huge_pages
 from sgl_psa.scorers.base import CacheShape, Scorer
 from sgl_psa.scorers.box import BoxScorer
 from sgl_psa.scorers.cuboid_mean import CuboidMeanScorer
@@ -37,7 +38,10 @@ def make_scorer(config: PSAConfig, shape: CacheShape, backend: str) -> Scorer:
     Raises:
         ValueError: the cache's shape or a setting does not suit the scorer.
     """
-    return SCORERS[config.scorer].build(config, shape, backend)
+    scorer = SCORERS[config.scorer].build(config, shape, backend)
+    for state in scorer.state_tensors():
+        zero_in_huge_pages(state)
+    return scorer
 
 
 __all__ = ["SCORERS", "CacheShape", "Scorer", "make_scorer"]

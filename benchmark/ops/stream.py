@@ -1,0 +1,63 @@
+"""The machine's streaming bandwidth: a compiled loop that reads memory once and does nothing else.
+
+torch's and numpy's sums do not reach it in one thread, so they cannot serve as the yardstick.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from sgl_psa_kernels._native.build import COMMON_FLAGS, BuildError, cache_dir, compiler
+from sgl_psa_kernels._native.loader import choose_isa
+from sgl_psa_kernels._native.openmp import load_runtime
+
+SOURCE = Path(__file__).with_name("stream.cpp")
+LINE = 64
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """``stream.cpp`` for this CPU, compiled on first use.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+    """
+    isa = choose_isa()
+    command = [*compiler(), *COMMON_FLAGS, *isa.compiler_flags, "-shared"]
+    key = hashlib.sha256(SOURCE.read_bytes() + repr(command).encode()).hexdigest()[:16]
+    target = cache_dir() / f"stream_{isa.name}_{key}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            done = subprocess.run(
+                [*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True
+            )
+            if done.returncode:
+                raise BuildError(f"compiling {SOURCE} failed:\n{done.stderr}")
+            os.replace(made, target)
+    load_runtime()
+    library = ctypes.CDLL(str(target))
+    library.stream_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    library.stream_read.restype = ctypes.c_uint64
+    return library
+
+
+def stream_read(tensor: torch.Tensor) -> int:
+    """Read every whole cache line of a contiguous CPU tensor once, with torch's thread count.
+
+    Returns:
+        The exclusive or of its 8-byte words, so that the reading cannot be left out.
+    """
+    begin = tensor.data_ptr()
+    end = begin + tensor.numel() * tensor.element_size()
+    begin = -(-begin // LINE) * LINE
+    lines = max(0, end - begin) // LINE
+    return int(_library().stream_read(begin, lines, torch.get_num_threads()))

@@ -1,0 +1,121 @@
+"""Decode and prefill of whole engines on CPU, side by side in one run.
+
+    python -m benchmark.serving [--quick] [--vllm-python PYTHON]
+
+Systems: SGLang's ``torch_native`` backend, ours dense and as PSA by default, vLLM's CPU build (in
+an environment of its own: ``make vllm-env``). Models: the embedded one, and a Llama of random
+weights with 224 M parameters (``random_llama.py``), of which only time and bytes mean something.
+Requests are random ids, greedy, of equal length; a batch is sent at once. ``decode_ms_median`` is
+the wall time of a step once every request has two tokens, ``prefill_s`` that until every request
+has one. Systems alternate; those that do not fit into memory side by side are up one at a time.
+Rows are written after every answer; ``--resume`` keeps the finished cases of an earlier run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmark.common import integers, write_rows
+from benchmark.serving.cases import DEFAULT, QUICK, Case, model
+from benchmark.serving.rounds import Rounds, rows
+from benchmark.serving.systems import SYSTEMS, System, vllm_missing
+
+Row = dict[str, Any]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", help="default: all", type=lambda text: text.split(","))
+    parser.add_argument("--contexts", help="default: all", type=integers)
+    parser.add_argument("--batches", help="default: all", type=integers)
+    parser.add_argument("--systems", help="default: all", type=lambda text: text.split(","))
+    parser.add_argument("--threads", help="of each engine, in turn", type=integers, default=[1])
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--vllm-python", help="of the environment that `make vllm-env` makes")
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="embedded model, short contexts")
+    return parser.parse_args(arguments)
+
+
+def chosen(options: argparse.Namespace) -> list[Case]:
+    """The cases that the options leave."""
+    return [
+        case
+        for case in (QUICK if options.quick else DEFAULT)
+        if (not options.models or case.model in options.models)
+        and (not options.contexts or case.context in options.contexts)
+        and (not options.batches or case.batch in options.batches)
+    ]
+
+
+def taking_part(options: argparse.Namespace) -> list[System]:
+    """The systems that can run; says loudly which cannot."""
+    systems = [s for s in SYSTEMS if not options.systems or s.name in options.systems]
+    if any(s.is_vllm for s in systems) and (why := vllm_missing(options.vllm_python)):
+        print(f"!!! vllm_cpu LEFT OUT: {why}", flush=True)
+        systems = [s for s in systems if not s.is_vllm]
+    return systems
+
+
+def is_of(row: Row, case: Case, threads: int) -> bool:
+    """Whether ``row`` is a measurement of ``case``."""
+    keys = (row["model"], row["context"], row["batch"], row["threads"])
+    return keys == (case.model, case.context, case.batch, threads)
+
+
+def markdown(found: list[Row]) -> str:
+    """Milliseconds a decode step and, in brackets, seconds of prefill; one line a system."""
+    keys = ("model", "threads", "context", "batch")
+    columns = list(dict.fromkeys(tuple(r[key] for key in keys) for r in found))
+    heads = [f"{m}, {c // 1024}k x {b}, {t} thread(s)" for m, t, c, b in columns]
+    lines = [f"| ms a step (prefill, s) | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    cells = {(r["system"], *(r[key] for key in keys)): r for r in found}
+    for system in dict.fromkeys(r["system"] for r in found):
+        line = [cells.get((system, *column)) for column in columns]
+        texts = [f"{r['decode_ms_median']:.1f} ({r['prefill_s']:.2f})" if r else "" for r in line]
+        lines.append(f"| {system} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    # Engines are closed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    path = options.out / "bench_serving.json"
+    done: list[Row] = json.loads(path.read_text()) if options.resume and path.exists() else []
+    systems = taking_part(options)
+    for threads in options.threads:
+        left = [
+            case
+            for case in chosen(options)
+            if {s.name for s in systems} - {r["system"] for r in done if is_of(r, case, threads)}
+        ]
+        for name in dict.fromkeys(case.model for case in left):
+            mine = [case for case in left if case.model == name]
+            others = [r for r in done if not any(is_of(r, case, threads) for case in mine)]
+            run = Rounds(
+                model(name, options.out),
+                systems,
+                vllm_python=options.vllm_python,
+                threads=threads,
+                new_tokens=options.new_tokens,
+                report=lambda: write_rows(path, [*others, *rows(run)]),  # noqa: B023
+            )
+            run.run(mine)
+            done = [*others, *rows(run)]
+            if run.failed:
+                print(f"!!! missing for {name}: {', '.join(run.failed)}", flush=True)
+    write_rows(path, done)
+    table = markdown(done)
+    (options.out / "bench_serving.md").write_text(table)
+    print(f"{table}\n{path}")
+
+
+if __name__ == "__main__":
+    main()
