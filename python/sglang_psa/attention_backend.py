@@ -16,7 +16,7 @@ from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
 from sgl_psa.stats import StepStats
 from sgl_psa.wrapper import PSADecodeWrapper
-from sglang_psa import hooks, layers, prefill, prefix_budgets, state
+from sglang_psa import defaults, hooks, layers, prefill, prefix_budgets, state
 from sglang_psa.compat import AttentionBackend, KVWriteLoc
 from sglang_psa.kv_pool import PSAKVPool
 from sglang_psa.server_args import psa_config
@@ -57,6 +57,10 @@ class PSAAttentionBackend(AttentionBackend):
                 f"the KV pool is {type(runner.token_to_kv_pool).__name__}, not PSAKVPool"
             )
         layers.check(runner.model)
+        if runner.token_to_kv_pool.kernel_backend == "cpu" and defaults.on_psa_cpu_platform():
+            from sglang_psa import cpu_layers
+
+            cpu_layers.install(runner.model)
         self.pool = runner.token_to_kv_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token

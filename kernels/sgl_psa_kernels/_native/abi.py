@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 OK = 0
 BAD_SEQ_LEN = 1
@@ -16,6 +16,11 @@ BAD_DTYPE = 7
 BAD_THRESHOLD = 8
 NO_MEMORY = 9
 BAD_KIND = 10
+BAD_POSITION = 11
+BAD_ROWS = 12
+
+#: Most rows of psa_skinny_linear.
+SKINNY_ROWS = 8
 
 Fields = list[tuple[str, type]]
 
@@ -100,6 +105,38 @@ class CandidateArgs(ctypes.Structure):
     ]
 
 
+class RmsNormArgs(ctypes.Structure):
+    """PsaRmsNormArgs."""
+
+    _fields_ = [
+        *_fields(c_int64, "rows dim x_row_stride residual_row_stride"),
+        *_fields(c_int32, "dtype num_threads error_index"),
+        *_fields(c_float, "eps"),
+        *_fields(c_void_p, "x residual weight out residual_out"),
+    ]
+
+
+class RopeArgs(ctypes.Structure):
+    """PsaRopeArgs."""
+
+    _fields_ = [
+        *_fields(c_int64, "tokens max_positions q_row_stride k_row_stride"),
+        *_fields(c_int32, "num_qo_heads num_kv_heads head_dim rotary_dim"),
+        *_fields(c_int32, "dtype interleaved num_threads error_index"),
+        *_fields(c_void_p, "positions cos_sin q k"),
+    ]
+
+
+class SkinnyLinearArgs(ctypes.Structure):
+    """PsaSkinnyLinearArgs."""
+
+    _fields_ = [
+        *_fields(c_int64, "rows in_features out_features x_row_stride weight_row_stride"),
+        *_fields(c_int32, "dtype num_threads error_index reserved"),
+        *_fields(c_void_p, "x weight bias out"),
+    ]
+
+
 FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "psa_progressive_decode": DecodeArgs,
     "psa_sketch_score": SketchScoreArgs,
@@ -107,4 +144,7 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "psa_sketch_write": SketchWriteArgs,
     "psa_summary_update": SummaryUpdateArgs,
     "psa_candidate_pages": CandidateArgs,
+    "psa_rms_norm": RmsNormArgs,
+    "psa_rope": RopeArgs,
+    "psa_skinny_linear": SkinnyLinearArgs,
 }

@@ -90,5 +90,7 @@ def call(op: str, function: str, args: ctypes.Structure) -> None:
         abi.BAD_FILL: f"fill[{index}] must be 1..page_size",
         abi.BAD_THRESHOLD: f"threshold[{index}] is not a number",
         abi.BAD_KIND: "unknown kind of page summary",
+        abi.BAD_POSITION: f"positions[{index}] lies outside of cos_sin",
+        abi.BAD_ROWS: f"x must have 1 to {abi.SKINNY_ROWS} rows",
     }
     require(False, f"{op}: {messages.get(status, f'native status {status}')}")

@@ -105,8 +105,11 @@ extern "C" int psa_progressive_decode(PsaDecodeArgs* args) {
 extern "C" int psa_struct_size(int index) {
   constexpr int sizes[] = {sizeof(PsaDecodeArgs), sizeof(PsaSketchScoreArgs),
                            sizeof(PsaSummaryScoreArgs), sizeof(PsaSketchWriteArgs),
-                           sizeof(PsaSummaryUpdateArgs), sizeof(PsaCandidateArgs)};
-  return index >= 0 && index < 6 ? sizes[index] : -1;
+                           sizeof(PsaSummaryUpdateArgs), sizeof(PsaCandidateArgs),
+                           sizeof(PsaRmsNormArgs), sizeof(PsaRopeArgs),
+                           sizeof(PsaSkinnyLinearArgs)};
+  constexpr int count = sizeof(sizes) / sizeof(sizes[0]);
+  return index >= 0 && index < count ? sizes[index] : -1;
 }
 extern "C" int psa_abi_version(void) { return PSA_ABI_VERSION; }
 extern "C" const char* psa_isa(void) { return PSA_ISA; }

@@ -8,7 +8,8 @@
 
 #include <stdint.h>
 
-#define PSA_ABI_VERSION 5
+#define PSA_ABI_VERSION 6
+#define PSA_SKINNY_ROWS 8 /* most rows of psa_skinny_linear */
 #define PSA_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -39,7 +40,9 @@ enum PsaStatus {
   PSA_BAD_DTYPE = 7,
   PSA_BAD_THRESHOLD = 8, /* NaN */
   PSA_NO_MEMORY = 9,
-  PSA_BAD_KIND = 10
+  PSA_BAD_KIND = 10,
+  PSA_BAD_POSITION = 11, /* outside of the table of cosines and sines */
+  PSA_BAD_ROWS = 12
 };
 
 enum PsaStat {
@@ -141,6 +144,31 @@ typedef struct {
   uint16_t *affine;
 } PsaSummaryUpdateArgs;
 
+/* Rows of x, residual and weight are contiguous in themselves; outputs are contiguous. */
+typedef struct {
+  int64_t rows, dim, x_row_stride, residual_row_stride;
+  int32_t dtype, num_threads, error_index;
+  float eps;
+  const void *x, *residual, *weight; /* [rows, dim], the same or NULL, [dim] */
+  void *out, *residual_out;          /* [rows, dim], the same or NULL */
+} PsaRmsNormArgs;
+
+typedef struct {
+  int64_t tokens, max_positions, q_row_stride, k_row_stride;
+  int32_t num_qo_heads, num_kv_heads, head_dim, rotary_dim;
+  int32_t dtype, interleaved, num_threads, error_index;
+  const int64_t *positions; /* [tokens] */
+  const void *cos_sin;      /* [max_positions, rotary_dim]: cosines, then sines */
+  void *q, *k;              /* [tokens, heads * head_dim] */
+} PsaRopeArgs;
+
+typedef struct {
+  int64_t rows, in_features, out_features, x_row_stride, weight_row_stride;
+  int32_t dtype, num_threads, error_index, reserved;
+  const void *x, *weight, *bias; /* [rows, in], [out, in], [out] or NULL */
+  void *out;                     /* [rows, out] */
+} PsaSkinnyLinearArgs;
+
 PSA_EXPORT int psa_abi_version(void);
 PSA_EXPORT int psa_struct_size(int index); /* of the args of the functions below, in order */
 PSA_EXPORT const char *psa_isa(void);
@@ -150,6 +178,9 @@ PSA_EXPORT int psa_summary_score(PsaSummaryScoreArgs *args);
 PSA_EXPORT int psa_sketch_write(PsaSketchWriteArgs *args);
 PSA_EXPORT int psa_summary_update(PsaSummaryUpdateArgs *args);
 PSA_EXPORT int psa_candidate_pages(PsaCandidateArgs *args);
+PSA_EXPORT int psa_rms_norm(PsaRmsNormArgs *args);
+PSA_EXPORT int psa_rope(PsaRopeArgs *args);
+PSA_EXPORT int psa_skinny_linear(PsaSkinnyLinearArgs *args);
 
 #ifdef __cplusplus
 }

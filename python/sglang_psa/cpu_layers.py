@@ -1,0 +1,173 @@
+"""Faster layers around attention on the CPU platform, for a server that decodes with psa.
+
+SGLang's own CPU kernels need AMX; without it a step goes through plain torch, which reads the
+weights at half the speed of memory and makes a dozen operations of a norm or a rotation. What is
+replaced is an attribute of each layer object, after the weights are loaded: the classes stay, and
+so does every layer that is not exactly of a kind listed here. Weights are read where they lie, so
+whatever updates them in place is seen at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from sgl_psa_kernels.rms_norm import rms_norm
+from sgl_psa_kernels.rope import rope
+from sgl_psa_kernels.skinny_linear import MAX_ROWS, skinny_linear
+
+from sglang_psa.compat import (
+    LogitsProcessor,
+    RMSNorm,
+    RotaryEmbedding,
+    UnquantizedEmbeddingMethod,
+    UnquantizedLinearMethod,
+)
+from sglang_psa.hooks import HookNotApplied
+
+logger = logging.getLogger(__name__)
+
+#: Types whose matrix products torch does not already run at the speed of memory.
+SHORT_TYPES = (torch.bfloat16, torch.float16)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``F.linear``, by the kernel for few rows where that is faster."""
+    if (
+        x.dim() == 2
+        and 0 < x.shape[0] <= MAX_ROWS
+        and x.dtype in SHORT_TYPES
+        and weight.dtype == x.dtype
+        and type(weight) is torch.nn.Parameter  # no quantised subclass
+        and weight.stride(1) == 1
+    ):
+        return skinny_linear(x, weight, bias, backend="cpu")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+class CpuLinearMethod(UnquantizedLinearMethod):
+    """Linear layers without quantisation."""
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[M, K] or [..., K] times the layer's weight [N, K]."""
+        return linear(x, layer.weight, bias)
+
+
+class CpuHeadMethod(UnquantizedEmbeddingMethod):
+    """Embeddings and the output head, which may be one module."""
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [M, vocab]; without ``bias``, as SGLang's plain path."""
+        return linear(x.to(layer.weight.dtype), layer.weight, None)
+
+
+def norm(
+    module: Any,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    post_residual_addition: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``RMSNorm.forward_native`` in one pass."""
+    same = x.dtype == module.weight.dtype and (residual is None or residual.dtype == x.dtype)
+    if not same or post_residual_addition is not None:
+        return module.forward_native(x, residual, post_residual_addition)
+    out, total = rms_norm(
+        x, module.weight.data, residual, eps=module.variance_epsilon, backend="cpu"
+    )
+    return out if total is None else (out, total)
+
+
+def rotate(
+    module: Any,
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    fused_set_kv_buffer_arg: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``RotaryEmbedding.forward_native`` in one pass and in place, as SGLang does on CUDA."""
+    table = module.cos_sin_cache
+    if (
+        offsets is not None
+        or fused_set_kv_buffer_arg is not None
+        or hasattr(module, "sin_cos_cache")
+        or not query.dim() == key.dim() == 2
+        or not query.stride(1) == key.stride(1) == 1
+        or not query.dtype == key.dtype == table.dtype
+        or positions.dim() != 1
+        or positions.dtype != torch.int64
+    ):
+        return module.forward_native(positions, query, key, offsets, fused_set_kv_buffer_arg)
+    rope(
+        positions,
+        query,
+        key,
+        table,
+        head_dim=module.head_size,
+        interleaved=not module.is_neox_style,
+        backend="cpu",
+    )
+    return query, key
+
+
+def _plain_norm(module: Any) -> bool:
+    return (
+        type(module) is RMSNorm
+        and module.has_weight
+        and not module.cast_x_before_out_mul
+        and not module.fp32_residual
+        and module.variance_size_override is None
+        and module.override_orig_dtype is None
+    )
+
+
+def _plain_rope(module: Any) -> bool:
+    return (
+        isinstance(module, RotaryEmbedding)
+        and type(module).forward_native is RotaryEmbedding.forward_native
+    )
+
+
+def _plain_logits(model: Any) -> bool:
+    processors = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
+    return not any(p.use_fp32_lm_head or p.rl_on_policy_target is not None for p in processors)
+
+
+def install(model: Any) -> dict[str, int]:
+    """Let the layers of a loaded model use the kernels.
+
+    Returns:
+        How many layers of each kind do.
+
+    Raises:
+        HookNotApplied: SGLang's layers do not choose their implementation as they did.
+    """
+    counts = {"linear": 0, "head": 0, "norm": 0, "rope": 0}
+    plain_logits = _plain_logits(model)
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if type(method) is UnquantizedLinearMethod:
+            module.quant_method = CpuLinearMethod()
+            counts["linear"] += 1
+        elif type(method) is UnquantizedEmbeddingMethod and plain_logits:
+            module.quant_method = CpuHeadMethod()
+            counts["head"] += 1
+        elif _plain_norm(module):
+            _replace_forward(module, norm)
+            counts["norm"] += 1
+        elif _plain_rope(module):
+            _replace_forward(module, rotate)
+            counts["rope"] += 1
+    logger.info("psa CPU layers: %s", ", ".join(f"{n} {name}" for name, n in counts.items()))
+    return counts
+
+
+def _replace_forward(module: Any, forward: Any) -> None:
+    """Make ``forward`` what ``module`` runs in place of its native torch implementation."""
+    if getattr(module, "_forward_method", None) != module.forward_native:
+        raise HookNotApplied(
+            f"{type(module).__name__} does not run its forward_native, as SGLang does on CPU; "
+            "install the SGLang version of the README, or use --psa-backend torch"
+        )
+    module._forward_method = forward.__get__(module)
