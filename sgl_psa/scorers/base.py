@@ -89,9 +89,10 @@ class Scorer(ABC):
     def bytes_per_page(self) -> int:
         """Bytes of state read to score one page of one KV head of this cache, at most."""
 
-    def read_bytes(self, layer: int) -> torch.Tensor | None:
-        """Bytes read by the newest ``score`` of a layer, float32 [B, Hkv], padding and inactive
-        rows 0; ``None``: ``bytes_per_page`` for every page scored."""
+    def read_bytes(self, layer: int | slice) -> torch.Tensor | None:
+        """Bytes that scoring the newest batch read in a layer, float32 [B, Hkv], or in each of
+        several layers, [..., B, Hkv], padding and inactive rows 0; ``None``: ``bytes_per_page`` for
+        every page scored."""
         return None
 
     @abstractmethod

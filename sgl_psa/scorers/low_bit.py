@@ -11,6 +11,12 @@ from sgl_psa.config import PSAConfig
 from sgl_psa.scorers.base import CacheShape, PageBatch, Scorer
 
 _VALUE_BYTES = 2  # float16
+#: What a prepared score depends on: the batch and the candidates, and shape and dtype of queries.
+_ScoreKey = tuple[PageBatch, torch.Tensor | None, torch.Size, torch.dtype]
+
+
+def _same(a: _ScoreKey | None, b: _ScoreKey) -> bool:
+    return a is not None and a[0] is b[0] and a[1] is b[1] and a[2:] == b[2:]
 
 
 class LowBitScorer(Scorer):
@@ -41,6 +47,9 @@ class LowBitScorer(Scorer):
             *pages, shape.head_dim * bits // 8, dtype=torch.uint8, device=shape.device
         )
         self.affine = torch.zeros(*pages, self.values, dtype=torch.float16, device=shape.device)
+        self._write: key_sketch.PreparedWrite | None = None
+        self._score: key_sketch.PreparedScore | None = None
+        self._score_key: _ScoreKey | None = None
 
     @classmethod
     def build(cls, config: PSAConfig, shape: CacheShape, backend: str) -> Self:
@@ -55,8 +64,19 @@ class LowBitScorer(Scorer):
         return self.page_bytes(self.shape.page_size, self.shape.head_dim, self.bits)
 
     def on_write(self, layer: int, slots: torch.Tensor, k_cache: torch.Tensor) -> None:
-        self.encode(layer, slots, k_cache)
-        self.advance(layer, slots)
+        if self.backend == "cpu":
+            if self._write is None or not self._write.serves(k_cache):
+                self._write = key_sketch.PreparedWrite(
+                    k_cache,
+                    [(self.bits, self.codes, self.affine)],
+                    self.watermark,
+                    self.signs,
+                    page_size=self.shape.page_size,
+                )
+            self._write(layer, slots, k_cache)
+        else:
+            self.encode(layer, slots, k_cache)
+            self.advance(layer, slots)
 
     def encode(self, layer: int, slots: torch.Tensor, k_cache: torch.Tensor) -> None:
         """Sketch the keys at ``slots``; the watermark stays."""
@@ -72,7 +92,11 @@ class LowBitScorer(Scorer):
         )
 
     def score(self, layer: int, q: torch.Tensor, batch: PageBatch, sm_scale: float) -> torch.Tensor:
-        return self.score_codes(layer, q, batch, sm_scale)
+        return self.score_codes(layer, self.rotate(q), batch, sm_scale)
+
+    def rotate(self, q: torch.Tensor) -> torch.Tensor:
+        """Queries [B, Hq, D] in the basis that ``score_codes`` takes them in."""
+        return q
 
     def score_codes(
         self,
@@ -83,8 +107,16 @@ class LowBitScorer(Scorer):
         candidates: torch.Tensor | None = None,
         log_mass: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``score`` of queries in the basis of the codes; into ``log_mass`` (float32 [B, Hq,
+        """``score`` of queries in the basis of ``rotate``; into ``log_mass`` (float32 [B, Hq,
         max_pages]) if given, which pages with ``candidates`` (uint8 [B, Hkv, max_pages]) 0 keep."""
+        if self.backend == "cpu":
+            key = (batch, candidates, q.shape, q.dtype)
+            if self._score is None or not _same(self._score_key, key):
+                self._score, self._score_key = self._prepare_score(q, batch, candidates), key
+            if log_mass is None:
+                log_mass = torch.empty(*q.shape[:2], batch.page_table.shape[1])
+            self._score(layer, q, log_mass, sm_scale)
+            return log_mass
         return key_sketch.score(
             q,
             self.codes[layer],
@@ -99,6 +131,23 @@ class LowBitScorer(Scorer):
             page_size=self.shape.page_size,
             sm_scale=sm_scale,
             backend=self.backend,
+        )
+
+    def _prepare_score(
+        self, q: torch.Tensor, batch: PageBatch, candidates: torch.Tensor | None
+    ) -> key_sketch.PreparedScore:
+        return key_sketch.prepare_score(
+            q,
+            self.codes,
+            self.affine,
+            self.watermark,
+            batch.page_table,
+            batch.seq_lens,
+            batch.active,
+            candidates,
+            self.signs,
+            bits=self.bits,
+            page_size=self.shape.page_size,
         )
 
     def state_tensors(self) -> list[torch.Tensor]:

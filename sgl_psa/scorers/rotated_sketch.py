@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from sgl_psa_kernels import key_sketch
 
-from sgl_psa.scorers.base import CacheShape, PageBatch
+from sgl_psa.scorers.base import CacheShape
 from sgl_psa.scorers.low_bit import LowBitScorer
 
 
@@ -19,9 +19,7 @@ class RotatedSketchScorer(LowBitScorer):
         self.signs = key_sketch.rotation_signs(shape.head_dim, shape.device)
         self.rotation = key_sketch.rotation_matrix(shape.head_dim, shape.device)
 
-    def score(self, layer: int, q: torch.Tensor, batch: PageBatch, sm_scale: float) -> torch.Tensor:
-        return self.score_codes(layer, self.rotate(q), batch, sm_scale)
-
     def rotate(self, q: torch.Tensor) -> torch.Tensor:
-        """Queries [B, Hq, D] in the basis of the sketches, float32."""
-        return q.float() @ self.rotation
+        """Queries [B, Hq, D] in the basis of the sketches, float32; as they are for the C++ kernel,
+        which rotates them itself."""
+        return q if self.backend == "cpu" else q.float() @ self.rotation

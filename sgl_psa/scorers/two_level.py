@@ -11,7 +11,8 @@ pages of their choice single keys that hold most of the mass are missing
 from __future__ import annotations
 
 import torch
-from sgl_psa_kernels.candidate_pages import candidate_pages
+from sgl_psa_kernels import key_sketch
+from sgl_psa_kernels.candidate_pages import PreparedChoice, candidate_pages
 
 from sgl_psa.config import PSAConfig
 from sgl_psa.scorers.base import CacheShape, PageBatch, Scorer
@@ -36,7 +37,10 @@ class TwoLevelScorer(Scorer):
         self.first = RotatedSketchScorer(shape, backend, _FIRST_BITS)
         self.second = RotatedSketchScorer(shape, backend, bits)
         self.first.watermark = self.second.watermark = self.watermark
-        self._read: dict[int, torch.Tensor] = {}
+        self._write: key_sketch.PreparedWrite | None = None
+        self._choice: PreparedChoice | None = None
+        self._batch: PageBatch | None = None
+        self._chosen: torch.Tensor | None = None  # int32 [L, B, Hkv] candidates, of this batch
 
     @classmethod
     def build(cls, config: PSAConfig, shape: CacheShape, backend: str) -> TwoLevelScorer:
@@ -53,30 +57,68 @@ class TwoLevelScorer(Scorer):
         return self.first.bytes_per_page + self.second.bytes_per_page
 
     def on_write(self, layer: int, slots: torch.Tensor, k_cache: torch.Tensor) -> None:
-        self.first.encode(layer, slots, k_cache)
-        self.second.encode(layer, slots, k_cache)
-        self.advance(layer, slots)
+        first, second = self.first, self.second
+        if self.backend == "cpu":
+            if self._write is None or not self._write.serves(k_cache):
+                sketches = [(level.bits, level.codes, level.affine) for level in (first, second)]
+                self._write = key_sketch.PreparedWrite(
+                    k_cache, sketches, self.watermark, first.signs, page_size=self.shape.page_size
+                )
+            self._write(layer, slots, k_cache)
+        else:
+            first.encode(layer, slots, k_cache)
+            second.encode(layer, slots, k_cache)
+            self.advance(layer, slots)
 
     def score(self, layer: int, q: torch.Tensor, batch: PageBatch, sm_scale: float) -> torch.Tensor:
-        shape = self.shape
+        if batch is not self._batch:
+            self._begin(batch, q.shape[1])
         rotated = self.first.rotate(q)
         log_mass = self.first.score_codes(layer, rotated, batch, sm_scale)
+        flags = self._choose_pages(layer, log_mass, batch)
+        return self.second.score_codes(layer, rotated, batch, sm_scale, flags, log_mass)
+
+    def _begin(self, batch: PageBatch, num_qo_heads: int) -> None:
+        """Take up a decode step."""
+        shape = self.shape
+        rows, max_pages = batch.page_table.shape
+        self._batch = batch
+        self._chosen = torch.zeros(
+            shape.num_layers, rows, shape.num_kv_heads, dtype=torch.int32, device=shape.device
+        )
+        if self.backend == "cpu":
+            self._choice = PreparedChoice(
+                (rows, num_qo_heads, max_pages),
+                batch.seq_lens,
+                batch.active,
+                num_kv_heads=shape.num_kv_heads,
+                page_size=shape.page_size,
+                count=self.candidate_pages,
+            )
+
+    def _choose_pages(self, layer: int, log_mass: torch.Tensor, batch: PageBatch) -> torch.Tensor:
+        """Flags of the candidates; their number goes to ``_chosen``."""
+        assert self._chosen is not None
+        if self._choice is not None:
+            self._choice(log_mass, self._chosen, layer)
+            return self._choice.flags
         candidates = candidate_pages(
             log_mass,
             batch.seq_lens,
             batch.active,
-            num_kv_heads=shape.num_kv_heads,
-            page_size=shape.page_size,
+            num_kv_heads=self.shape.num_kv_heads,
+            page_size=self.shape.page_size,
             count=self.candidate_pages,
             backend=self.backend,
         )
-        self.second.score_codes(layer, rotated, batch, sm_scale, candidates.flags, log_mass)
-        first_bytes = (batch.pages_scored(shape.page_size) * self.first.bytes_per_page).float()
-        self._read[layer] = first_bytes[:, None] + candidates.count * self.second.bytes_per_page
-        return log_mass
+        self._chosen[layer] = candidates.count
+        return candidates.flags
 
-    def read_bytes(self, layer: int) -> torch.Tensor | None:
-        return self._read.get(layer)
+    def read_bytes(self, layer: int | slice) -> torch.Tensor | None:
+        if self._batch is None or self._chosen is None:
+            return None
+        first = self._batch.pages_scored(self.shape.page_size) * self.first.bytes_per_page
+        return first.float()[:, None] + self._chosen[layer] * self.second.bytes_per_page
 
     def state_tensors(self) -> list[torch.Tensor]:
         return [*self.first.state_tensors(), *self.second.state_tensors()]

@@ -60,7 +60,7 @@ class SketchScoreArgs(ctypes.Structure):
     _fields_ = [
         ("rows", Rows),
         *_fields(c_int32, "bits affine_width"),
-        *_fields(c_void_p, "codes affine watermark active candidates log_mass"),
+        *_fields(c_void_p, "codes affine watermark active candidates log_mass signs"),
     ]
 
 
@@ -80,7 +80,8 @@ class SketchWriteArgs(ctypes.Structure):
     _fields_ = [
         *_fields(c_int32, "num_kv_heads head_dim page_size dtype bits num_threads"),
         *_fields(c_int64, "count num_slots error_index k_token_stride k_head_stride"),
-        *_fields(c_void_p, "k slots codes affine signs"),
+        *_fields(c_void_p, "k slots codes affine signs second_codes second_affine watermark"),
+        *_fields(c_int32, "second_bits reserved"),
     ]
 
 

@@ -1,12 +1,12 @@
 """Calls into the native library: argument structs from tensors, statuses to exceptions."""
 
 import ctypes
+from typing import NoReturn
 
 import torch
 
 from sgl_psa_kernels._native import abi
 from sgl_psa_kernels._native.loader import load
-from sgl_psa_kernels.checks import require
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -74,8 +74,31 @@ def call(op: str, function: str, args: ctypes.Structure) -> None:
         RuntimeError: no native library, or no memory.
     """
     status = getattr(load(), function)(ctypes.byref(args))
-    if status == abi.OK:
-        return
+    if status != abi.OK:
+        raise_status(op, status, args)
+
+
+class PreparedCall:
+    """A function of the library with arguments of its own, which stay between calls.
+
+    ``args`` may be changed between calls; whoever changes a pointer keeps what it points to.
+    """
+
+    def __init__(self, op: str, function: str, args: ctypes.Structure) -> None:
+        self.op = op
+        self.args = args
+        self._function = getattr(load(), function)
+        self._reference = ctypes.byref(args)
+
+    def __call__(self) -> None:
+        """As :func:`call`."""
+        status = self._function(self._reference)
+        if status:
+            raise_status(self.op, status, self.args)
+
+
+def raise_status(op: str, status: int, args: ctypes.Structure) -> NoReturn:
+    """The exception for a status that is not OK; see :func:`call`."""
     head = getattr(args, "rows", args)
     index = head.error_index
     if status == abi.NO_MEMORY:
@@ -93,4 +116,4 @@ def call(op: str, function: str, args: ctypes.Structure) -> None:
         abi.BAD_POSITION: f"positions[{index}] lies outside of cos_sin",
         abi.BAD_ROWS: f"x must have 1 to {abi.SKINNY_ROWS} rows",
     }
-    require(False, f"{op}: {messages.get(status, f'native status {status}')}")
+    raise ValueError(f"{op}: {messages.get(status, f'native status {status}')}")

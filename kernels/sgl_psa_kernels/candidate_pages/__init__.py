@@ -7,6 +7,7 @@ import torch
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
 from sgl_psa_kernels.candidate_pages import cpu, reference
+from sgl_psa_kernels.candidate_pages.cpu import PreparedChoice
 
 
 class CandidatePages(NamedTuple):
@@ -83,4 +84,4 @@ def candidate_pages(
     )
 
 
-__all__ = ["CandidatePages", "candidate_pages"]
+__all__ = ["CandidatePages", "PreparedChoice", "candidate_pages"]

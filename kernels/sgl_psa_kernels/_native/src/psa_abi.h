@@ -95,6 +95,7 @@ typedef struct {
   const uint8_t *active;
   const uint8_t *candidates; /* [batch, num_kv_heads, max_pages] or NULL: all pages */
   float *log_mass;           /* pages that are no candidates keep what is there */
+  const float *signs;        /* [head_dim]: rotate q so; NULL: it is as the codes are */
 } PsaSketchScoreArgs;
 
 typedef struct {
@@ -129,6 +130,10 @@ typedef struct {
   uint8_t *codes;
   uint16_t *affine;   /* two a key, or one if signs */
   const float *signs; /* [head_dim] for rotated sketches, or NULL */
+  uint8_t *second_codes;   /* sketches of the same keys in second_bits besides, or NULL */
+  uint16_t *second_affine;
+  int32_t *watermark; /* tokens of each page that have sketches, moved slot by slot; or NULL */
+  int32_t second_bits, reserved;
 } PsaSketchWriteArgs;
 
 typedef struct {

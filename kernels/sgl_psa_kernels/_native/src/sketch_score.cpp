@@ -1,30 +1,36 @@
-// Log masses of pages from key sketches.
-//
-// A vector holds the same four bytes of LANES keys, so that one product-and-add meets LANES tokens
-// and their dot products need no sum across lanes. Codes are taken out of a column once for the
-// (up to four) query heads of a block. Rotated sketches store no zero: it is -(2^bits - 1) / 2
-// scales. Logits are in bits, see byte_query.h.
+// Log masses of pages from key sketches: integer products of codes and queries (byte_query.h,
+// nibble_query.h), logits in bits, and the logarithm of the sum of their exponentials.
 #include "byte_query.h"
+#include "log_mass.h"
+#include "nibble_query.h"
 #include "score_rows.h"
 
 namespace psa {
 namespace {
 
-constexpr float LN_2 = 0.693147180559945309f;
-constexpr int MAX_HEADS = 4;  // query heads that share one pass over a page
-constexpr int AHEAD = 16;     // how many (page, head) earlier codes are prefetched
+constexpr int PAGES_AHEAD = 6, AHEAD = 32;  // pages, or candidates, between prefetch and use
+constexpr int STRIP_PAGES = 16;  // whose results are written together
+
+struct Item {
+  int32_t column, head;
+};
 
 struct Scorer {
   const PsaSketchScoreArgs& a;
   const PsaRows& r;
   const SketchLayout layout;
   const int group;
+  const bool whole, nibbles;  // whole: columns are whole vectors of words
+  const PageTotals* const totals;
 
   explicit Scorer(const PsaSketchScoreArgs& args)
       : a(args),
         r(args.rows),
         layout(r.page_size, r.head_dim, a.bits),
-        group(r.num_qo_heads / r.num_kv_heads) {}
+        group(r.num_qo_heads / r.num_kv_heads),
+        whole(layout.tile % LANES == 0 && layout.width % 4 == 0),
+        nibbles(whole && a.bits < 4 && has_nibble_kernels()),
+        totals(nibbles ? nibble_totals_by_heads : choose_byte_totals(a.bits, whole)) {}
 
   const uint8_t* codes(int page, int head) const {
     return a.codes + ((int64_t)page * r.num_kv_heads + head) * layout.page_bytes();
@@ -32,17 +38,30 @@ struct Scorer {
   const uint16_t* affine(int page, int head) const {
     return a.affine + ((int64_t)page * r.num_kv_heads + head) * r.page_size * a.affine_width;
   }
-  void prefetch(int page, int head) const {
-    prefetch_range(codes(page, head), layout.page_bytes());
-    prefetch_range(affine(page, head), (int64_t)r.page_size * 2 * a.affine_width);
+  void prefetch(int page, int head, int heads) const {
+    prefetch_range(codes(page, head), (int64_t)heads * layout.page_bytes());
+    prefetch_range(affine(page, head), (int64_t)heads * r.page_size * 2 * a.affine_width);
   }
-  // Whether columns are whole vectors of words.
-  bool whole() const { return layout.tile % LANES == 0 && layout.width % 4 == 0; }
+  size_t query_size() const {
+    return nibbles ? nibble_query_size(layout) : byte_query_size(layout, a.bits);
+  }
+  template <class T>
+  void set_query(SketchQuery& q, const T* x, float* work, int8_t* bytes) const {
+    const QueryRange range = scale_query(x, r.head_dim, r.sm_scale, a.signs, work);
+    if (!nibbles)
+      set_byte_query(q, work, range, r.head_dim, a.bits, layout, bytes);
+    else if (a.bits == 1)
+      set_nibble_query<1>(q, work, range, layout);
+    else
+      set_nibble_query<2>(q, work, range, layout);
+    q.sum = range.sum;
+    if (a.affine_width == 1) q.offset -= 0.5f * (float)((1 << a.bits) - 1) * range.sum;
+    if (!range.finite) q.step = __builtin_nanf("");
+  }
 };
 
 // (scale, zero) of min(LANES, count) keys. Not a number where no sketch exists.
-inline void load_affine(const uint16_t* affine, int width, int count, float middle, F& scale,
-                        F& zero) {
+inline void load_affine(const uint16_t* affine, int width, int count, F& scale, F& zero) {
   if (width == 2) {
     U both{};
     if (count >= LANES)
@@ -59,181 +78,207 @@ inline void load_affine(const uint16_t* affine, int width, int count, float midd
     else
       std::memcpy(&h, affine, count * 2);
     scale = half_to_float(h);
-    zero = scale * -middle;
   }
 }
 
-template <bool WHOLE>
-inline U load_column(const uint8_t* column, int bytes, int tokens) {
-  if constexpr (WHOLE) return loadu<U>(column);
-  uint32_t words[LANES] = {};
-  for (int t = 0; t < tokens; t++) std::memcpy(words + t, column + t * bytes, bytes);
-  return loadu<U>(words);
-}
-
-// One page for HEADS query heads: its log mass is top[g * BLOCK_PAGES] + log(sum[g * BLOCK_PAGES]).
-// spilled: HEADS vectors for every LANES tokens of a page. WHOLE: Scorer::whole().
-template <int BITS, int HEADS, bool WHOLE>
-void page_mass(const Scorer& s, const ByteQuery* q, const uint8_t* codes, const uint16_t* affine,
-               int tokens, F* spilled, float* top, float* sum) {
-  using Dot = ByteDot<BITS>;
-  constexpr int PLANES = 8 / BITS;
-  const SketchLayout& layout = s.layout;
-  const int columns = layout.columns, step = std::min(layout.tile, LANES);
-
-  const auto logits = [&](int t, F* logit) __attribute__((always_inline)) {
-    Dot dots[HEADS * Dot::CHAINS];
-    const uint8_t* column = codes + t / layout.tile * layout.tile * layout.width;
-    const int lane = t % layout.tile;
-    for (int c = 0; c < columns; c++) {
-      const int bytes = WHOLE ? 4 : layout.column_bytes(c);
-      const U packed = load_column<WHOLE>(column + lane * bytes, bytes, step);
-      column += bytes * layout.tile;
-      unrolled<PLANES>([&](auto p) __attribute__((always_inline)) {
-        const Codes four = plane<BITS>(packed, p);
-        const int at = (p * columns + c) * QUERY_WORDS;
-        unrolled<HEADS>([&](auto g) __attribute__((always_inline)) {
-          dots[g * Dot::CHAINS + p % Dot::CHAINS].add(four, q[g].words + at);
-        });
-      });
-      if (Dot::STEPS && (c + 1) % std::max(Dot::STEPS, 1) == 0)
-        unrolled<HEADS>([&](auto g) { dots[g * Dot::CHAINS].settle(); });
-    }
-    unrolled<HEADS>([&](auto g) { dots[g * Dot::CHAINS].settle(); });
-    F scale, zero;
-    const float middle = 0.5f * (float)((1 << BITS) - 1);
-    load_affine(affine + t * s.a.affine_width, s.a.affine_width, step, middle, scale, zero);
+// Of a page's logits, less their head's base: the sum of 2^logit, or the largest.
+template <int HEADS>
+F4 reduce_page(const Scorer& s, const SketchQuery* q, const float* base, const I* totals,
+               const uint16_t* affine, int tokens, bool largest) {
+  const int width = s.a.affine_width, step = std::min(s.layout.tile, LANES);
+  F e[4];
+  unrolled<HEADS>([&](auto g) { e[g] = largest ? set1(-INF) : F{}; });
+  for (int t = 0; t < tokens; t += step, totals += HEADS) {
+    F scale, zero, logit[HEADS];
+    load_affine(affine + t * width, width, step, scale, zero);
     unrolled<HEADS>([&](auto g) __attribute__((always_inline)) {
-      I total = dots[g * Dot::CHAINS].total;
-      unrolled<Dot::CHAINS - 1>([&](auto i) { total += dots[g * Dot::CHAINS + i + 1].total; });
-      const F dot = __builtin_convertvector(total, F) * q[g].step + q[g].bias;
-      logit[g] = scale * dot + zero * q[g].sum;
+      const F dot = __builtin_convertvector(totals[g], F) * q[g].step + q[g].offset;
+      logit[g] = scale * dot - base[g];
     });
+    if (width == 2) unrolled<HEADS>([&](auto g) { logit[g] += zero * q[g].sum; });
     if (tokens - t < LANES) {
       const I inside = iota() + t < tokens;
       unrolled<HEADS>([&](auto g) { logit[g] = inside ? logit[g] : set1(-INF); });
     }
-  };
-
-  F x[HEADS], m[4], e[4];
-  logits(0, x);
-  unrolled<HEADS>([&](auto g) { m[g] = x[g]; });
-  for (int t = step; t < tokens; t += step) {
-    F more[HEADS];
-    logits(t, more);
-    unrolled<HEADS>([&](auto g) {
-      spilled[t / step * HEADS + g] = more[g];
-      m[g] = max(m[g], more[g]);
-    });
-  }
-  unrolled<4 - HEADS>([&](auto g) { m[HEADS + g] = m[0]; });
-  const F4 largest = hmax4(m[0], m[1], m[2], m[3]);
-  unrolled<HEADS>([&](auto g) { e[g] = exp2(x[g] - largest[g()]); });
-  for (int t = step; t < tokens; t += step)
-    unrolled<HEADS>([&](auto g) { e[g] += exp2(spilled[t / step * HEADS + g] - largest[g()]); });
-  unrolled<4 - HEADS>([&](auto g) { e[HEADS + g] = e[0]; });
-  const F4 total = hsum4(e[0], e[1], e[2], e[3]), nats = largest * LN_2;
-  unrolled<HEADS>([&](auto g) {
-    top[g * BLOCK_PAGES] = nats[g()];
-    sum[g * BLOCK_PAGES] = total[g()];
-  });
-}
-
-using PageMass = void (*)(const Scorer&, const ByteQuery*, const uint8_t*, const uint16_t*, int,
-                          F*, float*, float*);
-
-// page_mass for 1 .. MAX_HEADS query heads.
-template <int BITS, bool WHOLE>
-constexpr PageMass by_heads[MAX_HEADS] = {page_mass<BITS, 1, WHOLE>, page_mass<BITS, 2, WHOLE>,
-                                          page_mass<BITS, 3, WHOLE>, page_mass<BITS, 4, WHOLE>};
-
-const PageMass* choose(const Scorer& s) {
-  const bool whole = s.whole();
-  switch (s.a.bits) {
-    case 1: return whole ? by_heads<1, true> : by_heads<1, false>;
-    case 2: return whole ? by_heads<2, true> : by_heads<2, false>;
-    default: return whole ? by_heads<4, true> : by_heads<4, false>;
-  }
-}
-
-struct Item {
-  int32_t column, head;
-};
-
-template <class T>
-void score_block(const Scorer& s, const PageMass* mass, const PageBlock& block, Scratch& scratch) {
-  const PsaRows& r = s.r;
-  const int heads = r.num_kv_heads, D = r.head_dim;
-  const size_t words = ByteQuery::num_words(s.layout, s.a.bits);
-  const size_t cells = (size_t)r.num_qo_heads * BLOCK_PAGES;
-  const size_t most = (size_t)heads * BLOCK_PAGES, vectors = (size_t)(r.page_size + LANES - 1);
-  scratch.reset(Scratch::need<ByteQuery>(r.num_qo_heads) +
-                Scratch::need<int32_t>(words * r.num_qo_heads) + Scratch::need<float>(D) +
-                Scratch::need<int8_t>(D) + Scratch::need<F>(vectors / LANES * MAX_HEADS) +
-                2 * Scratch::need<float>(cells) + Scratch::need<Item>(most));
-  ByteQuery* q = scratch.take<ByteQuery>(r.num_qo_heads);
-  int32_t* query_words = scratch.take<int32_t>(words * r.num_qo_heads);
-  float* work = scratch.take<float>(D);
-  int8_t* bytes = scratch.take<int8_t>(D);
-  F* spilled = scratch.take<F>(vectors / LANES * MAX_HEADS);
-  float* top = scratch.take<float>(cells);
-  float* sum = scratch.take<float>(cells);
-  Item* items = scratch.take<Item>(most);
-
-  float* log_mass = s.a.log_mass + (int64_t)block.row * r.num_qo_heads * r.max_pages + block.begin;
-  for (size_t i = 0; i < cells; i++) sum[i] = 1;
-  if (s.a.candidates)
-    for (int h = 0; h < r.num_qo_heads; h++)
-      std::memcpy(top + h * BLOCK_PAGES, log_mass + (int64_t)h * r.max_pages, block.size() * 4);
-  int count = 0;
-  bool changed = false;
-  const auto add = [&](int column, int head) {
-    changed = true;
-    if (covered(r, s.a.watermark, block.row, block.begin + column))
-      items[count++] = {column, head};
+    if (largest)
+      unrolled<HEADS>([&](auto g) { e[g] = max(e[g], logit[g]); });
     else
-      for (int g = 0; g < s.group; g++) top[(head * s.group + g) * BLOCK_PAGES + column] = INF;
-  };
-  if (s.a.candidates) {
-    for (int h = 0; h < heads; h++) {
-      const uint8_t* wanted =
-          s.a.candidates + ((int64_t)block.row * heads + h) * r.max_pages + block.begin;
-      for (int i = 0; i < block.size(); i++)
-        if (wanted[i]) add(i, h);
-    }
-  } else {
-    for (int i = 0; i < block.size(); i++)
-      for (int h = 0; h < heads; h++) add(i, h);
+      unrolled<HEADS>([&](auto g) { e[g] += pow2(logit[g]); });
   }
-  if (!changed) return;
-
-  const int32_t* pages = pages_of(r, block.row) + block.begin;
-  for (int i = 0; i < std::min(AHEAD, count); i++)
-    s.prefetch(pages[items[i].column], items[i].head);
-  const T* queries = static_cast<const T*>(r.q) + block.row * r.q_row_stride;
-  for (int h = 0; h < r.num_qo_heads; h++) {
-    q[h].words = query_words + h * words;
-    q[h].set(queries + h * r.q_head_stride, D, s.a.bits, s.layout, r.sm_scale, work, bytes);
-  }
-  for (int i = 0; i < count; i++) {
-    if (i + AHEAD < count) s.prefetch(pages[items[i + AHEAD].column], items[i + AHEAD].head);
-    const int column = items[i].column, head = items[i].head, page = pages[column];
-    const int tokens = tokens_in_page(r, block.row, block.begin + column);
-    for (int g = 0; g < s.group; g += MAX_HEADS) {
-      const int first = head * s.group + g, cell = first * BLOCK_PAGES + column;
-      mass[std::min(MAX_HEADS, s.group - g) - 1](s, q + first, s.codes(page, head),
-                                                 s.affine(page, head), tokens, spilled, top + cell,
-                                                 sum + cell);
-    }
-  }
-  for (int h = 0; h < r.num_qo_heads; h++) {
-    float* m = top + h * BLOCK_PAGES;
-    // log(1) is 0: what was not scored stays what it is.
-    for (int i = 0; i < block.size(); i += LANES)
-      storeu(m + i, loadu<F>(m + i) + log(loadu<F>(sum + h * BLOCK_PAGES + i)));
-    store_estimates(log_mass + (int64_t)h * r.max_pages, m, block.size());
-  }
+  unrolled<4 - HEADS>([&](auto g) { e[HEADS + g] = e[0]; });
+  return largest ? hmax4(e[0], e[1], e[2], e[3]) : hsum4(e[0], e[1], e[2], e[3]);
 }
+
+// The log mass of a page is log(sum) + LN_2 * base. A base that does not serve is changed, for the
+// pages that follow too.
+template <int HEADS>
+F4 page_sums(const Scorer& s, const SketchQuery* q, float* base, const I* totals,
+             const uint16_t* affine, int tokens) {
+  const F4 sums = reduce_page<HEADS>(s, q, base, totals, affine, tokens, false);
+  if (__builtin_expect(trusted(sums), 1)) return sums;
+  const float zero[HEADS] = {};
+  const F4 largest = reduce_page<HEADS>(s, q, zero, totals, affine, tokens, true);
+  for (int g = 0; g < HEADS; g++) base[g] = largest[g] - largest[g] == 0 ? largest[g] : 0;
+  const F4 again = reduce_page<HEADS>(s, q, base, totals, affine, tokens, false);
+  return again < INF ? again : F4{} + __builtin_nanf("");
+}
+
+using PageSums = F4 (*)(const Scorer&, const SketchQuery*, float*, const I*, const uint16_t*, int);
+constexpr PageSums page_sums_by_heads[MAX_HEADS] = {page_sums<1>, page_sums<2>, page_sums<3>,
+                                                    page_sums<4>};
+
+// A thread's part of the work: its queries are those of the row of its newest block.
+template <class T>
+class Worker {
+ public:
+  Worker(const Scorer& scorer, Scratch& scratch)
+      : s_(scorer), r_(scorer.r), parts_((scorer.group + MAX_HEADS - 1) / MAX_HEADS) {
+    const int heads = r_.num_qo_heads;
+    const size_t most = (size_t)r_.num_kv_heads * (s_.a.candidates ? BLOCK_PAGES : STRIP_PAGES);
+    const size_t vectors = (r_.page_size + LANES - 1) / LANES + LANES;
+    const size_t query = (s_.query_size() + 63) / 64 * 64;
+    scratch.reset(Scratch::need<SketchQuery>(heads) + query * heads +
+                  Scratch::need<float>(r_.head_dim) + Scratch::need<int8_t>(r_.head_dim) +
+                  Scratch::need<I>(vectors * MAX_HEADS) + Scratch::need<float>(heads) +
+                  2 * Scratch::need<F4>(most * parts_ + LANES) + Scratch::need<Item>(most));
+    queries_ = scratch.take<SketchQuery>(heads);
+    uint8_t* data = scratch.take<uint8_t>(query * heads);
+    for (int h = 0; h < heads; h++) queries_[h].data = data + h * query;
+    work_ = scratch.take<float>(r_.head_dim);
+    bytes_ = scratch.take<int8_t>(r_.head_dim);
+    totals_ = scratch.take<I>(vectors * MAX_HEADS);
+    base_ = scratch.take<float>(heads);
+    sums_ = scratch.take<F4>(most * parts_ + LANES);
+    bases_ = scratch.take<F4>(most * parts_ + LANES);
+    items_ = scratch.take<Item>(most);
+  }
+
+  void score(const PageBlock& block) {
+    row_ = block.row, first_ = block.begin;
+    pages_ = pages_of(r_, row_) + first_;
+    log_mass_ = s_.a.log_mass + (int64_t)row_ * r_.num_qo_heads * r_.max_pages + first_;
+    // A block's result depends on nothing but its own pages.
+    std::fill(base_, base_ + r_.num_qo_heads, 0.0f);
+    if (s_.a.candidates) {
+      score_candidates(collect(block.size()));
+    } else {
+      set_queries();
+      for (int i = 0; i < block.size(); i += STRIP_PAGES)
+        score_strip(i, std::min(block.size(), i + STRIP_PAGES), block.size());
+    }
+  }
+
+ private:
+  // Every page of begin .. end; those up to `last` are fetched.
+  void score_strip(int begin, int end, int last) {
+    const int heads = r_.num_kv_heads;
+    if (begin == 0)
+      for (int i = 0; i < std::min(PAGES_AHEAD, last); i++) prefetch_page(i);
+    Item item;
+    int cell = 0;
+    for (item.column = begin; item.column < end; item.column++) {
+      if (item.column + PAGES_AHEAD < last) prefetch_page(item.column + PAGES_AHEAD);
+      const bool known = has_sketch(item.column);
+      for (item.head = 0; item.head < heads; item.head++, cell += parts_)
+        if (known)
+          score_page(item, cell);
+        else
+          std::fill(sums_ + cell, sums_ + cell + parts_, F4{} + __builtin_nanf(""));
+    }
+    finish(cell);
+    for (int h = 0; h < heads; h++)
+      for (int g = 0; g < s_.group; g++) {
+        float* to = out(h, g) + begin;
+        for (int i = 0; i < end - begin; i++) to[i] = value((i * heads + h) * parts_, g);
+      }
+  }
+
+  void score_candidates(int count) {
+    if (!count) return;
+    set_queries();
+    for (int i = 0; i < std::min(AHEAD, count); i++) prefetch(items_[i]);
+    for (int i = 0; i < count; i++) {
+      if (i + AHEAD < count) prefetch(items_[i + AHEAD]);
+      score_page(items_[i], i * parts_);
+    }
+    finish(count * parts_);
+    for (int i = 0; i < count; i++)
+      for (int g = 0; g < s_.group; g++)
+        out(items_[i].head, g)[items_[i].column] = value(i * parts_, g);
+  }
+
+  // The candidates of a block that have sketches, head by head; those without get their infinity.
+  int collect(int size) {
+    int count = 0;
+    for (int h = 0; h < r_.num_kv_heads; h++) {
+      const uint8_t* wanted =
+          s_.a.candidates + ((int64_t)row_ * r_.num_kv_heads + h) * r_.max_pages + first_;
+      for (int i = 0; i < size; i++) {
+        if (!wanted[i]) continue;
+        if (has_sketch(i))
+          items_[count++] = {i, h};
+        else
+          for (int g = 0; g < s_.group; g++) out(h, g)[i] = INF;
+      }
+    }
+    return count;
+  }
+
+  // Sums and bases of the query heads of one KV head, to the cells from `cell` on.
+  void score_page(Item item, int cell) {
+    const int page = pages_[item.column];
+    const int tokens = tokens_in_page(r_, row_, first_ + item.column);
+    const uint8_t* codes = s_.codes(page, item.head);
+    const uint16_t* affine = s_.affine(page, item.head);
+    for (int g = 0; g < s_.group; g += MAX_HEADS, cell++) {
+      const int head = item.head * s_.group + g, n = std::min(MAX_HEADS, s_.group - g) - 1;
+      s_.totals[n](s_.layout, queries_ + head, codes, tokens, totals_);
+      sums_[cell] =
+          page_sums_by_heads[n](s_, queries_ + head, base_ + head, totals_, affine, tokens);
+      std::memcpy(bases_ + cell, base_ + head, (n + 1) * 4);
+    }
+  }
+
+  // Log masses in place of the sums.
+  void finish(int cells) {
+    float* x = reinterpret_cast<float*>(sums_);
+    const float* base = reinterpret_cast<const float*>(bases_);
+    for (int i = 0; i < 4 * cells; i += LANES)
+      storeu(x + i, checked(log(loadu<F>(x + i)) + loadu<F>(base + i) * LN_2));
+  }
+  float value(int cell, int g) const {
+    return reinterpret_cast<const float*>(sums_)[4 * cell + g];
+  }
+
+  bool has_sketch(int column) const { return covered(r_, s_.a.watermark, row_, first_ + column); }
+  void prefetch(Item item) const { s_.prefetch(pages_[item.column], item.head, 1); }
+  void prefetch_page(int column) const { s_.prefetch(pages_[column], 0, r_.num_kv_heads); }
+
+  void set_queries() {
+    if (row_ == ready_) return;
+    ready_ = row_;
+    const T* queries = static_cast<const T*>(r_.q) + row_ * r_.q_row_stride;
+    for (int h = 0; h < r_.num_qo_heads; h++)
+      s_.set_query(queries_[h], queries + h * r_.q_head_stride, work_, bytes_);
+  }
+
+  float* out(int head, int g) const {
+    return log_mass_ + (int64_t)(head * s_.group + g) * r_.max_pages;
+  }
+
+  const Scorer& s_;
+  const PsaRows& r_;
+  const int parts_;  // groups of MAX_HEADS query heads that a KV head has
+  SketchQuery* queries_;
+  float *work_, *base_;
+  int8_t* bytes_;
+  I* totals_;
+  F4 *sums_, *bases_;
+  Item* items_;
+  const int32_t* pages_;
+  float* log_mass_;
+  int row_ = 0, first_ = 0, ready_ = -1;
+};
 
 }  // namespace
 }  // namespace psa
@@ -245,14 +290,14 @@ extern "C" int psa_sketch_score(PsaSketchScoreArgs* args) {
   const std::vector<PageBlock> blocks = page_blocks(r, args->active);
   const int count = (int)blocks.size();
   const Scorer scorer(*args);
-  const PageMass* mass = choose(scorer);
   const bool known = with_dtype(r.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
 #pragma omp parallel num_threads(r.num_threads) if (r.num_threads > 1 && count > 1)
     {
       static thread_local Scratch scratch;
+      Worker<T> worker(scorer, scratch);
 #pragma omp for schedule(dynamic, 1)
-      for (int i = 0; i < count; i++) score_block<T>(scorer, mass, blocks[i], scratch);
+      for (int i = 0; i < count; i++) worker.score(blocks[i]);
     }
   });
   return known ? PSA_OK : PSA_BAD_DTYPE;

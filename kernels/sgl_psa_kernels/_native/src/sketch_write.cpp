@@ -1,5 +1,6 @@
 // Key sketches of new keys.
 #include <algorithm>
+#include <vector>
 
 #include "elem.h"
 #include "rotation.h"
@@ -96,23 +97,43 @@ inline void store_codes(const SketchLayout& layout, int bits, int offset, int32_
   }
 }
 
+// The places of the codes and the affine values of one kind of sketch.
+struct Target {
+  SketchLayout layout;
+  int bits;
+  uint8_t* codes;
+  uint16_t* affine;
+};
+
 template <class T>
-void write_key(const PsaSketchWriteArgs& a, const SketchLayout& layout, int64_t slot, int head,
-               float* x, int32_t* codes) {
+void write_key(const PsaSketchWriteArgs& a, const std::vector<Target>& targets, int64_t slot,
+               int head, float* x, int32_t* codes) {
   const int D = a.head_dim;
   const T* key = static_cast<const T*>(a.k) + slot * a.k_token_stride + head * a.k_head_stride;
   const int64_t page = slot / a.page_size * a.num_kv_heads + head;
   const int offset = (int)(slot % a.page_size);
   const int64_t at = page * a.page_size + offset;
-  if (a.signs) {
-    for (int d = 0; d < D; d += LANES) storeu(x + d, load(key + d) * loadu<F>(a.signs + d));
-    hadamard(x, D);
-    encode_rotated(x, D, a.bits, a.affine + at, codes);
-  } else {
-    for (int d = 0; d < D; d += LANES) storeu(x + d, load(key + d));
-    encode(x, D, a.bits, fit(x, D, a.bits, a.affine + at * 2), codes);
+  for (int d = 0; d < D; d += LANES) {
+    const F v = load(key + d);
+    storeu(x + d, a.signs ? v * loadu<F>(a.signs + d) : v);
   }
-  store_codes(layout, a.bits, offset, codes, a.codes + page * layout.page_bytes());
+  if (a.signs) hadamard(x, D);
+  for (const Target& to : targets) {
+    if (a.signs)
+      encode_rotated(x, D, to.bits, to.affine + at, codes);
+    else
+      encode(x, D, to.bits, fit(x, D, to.bits, to.affine + at * 2), codes);
+    store_codes(to.layout, to.bits, offset, codes, to.codes + page * to.layout.page_bytes());
+  }
+}
+
+// scorers/watermark.py, slot by slot.
+void advance(const PsaSketchWriteArgs& a) {
+  for (int64_t i = 0; i < a.count; i++) {
+    int32_t& mark = a.watermark[a.slots[i] / a.page_size];
+    const int32_t offset = (int32_t)(a.slots[i] % a.page_size);
+    if (offset == 0 || mark >= offset) mark = offset + 1;
+  }
 }
 
 }  // namespace
@@ -126,7 +147,11 @@ extern "C" int psa_sketch_write(PsaSketchWriteArgs* args) {
       args->error_index = i;
       return PSA_BAD_SLOT;
     }
-  const SketchLayout layout(a.page_size, a.head_dim, a.bits);
+  const auto target = [&](int bits, uint8_t* codes, uint16_t* affine) {
+    return Target{SketchLayout(a.page_size, a.head_dim, bits), bits, codes, affine};
+  };
+  std::vector<Target> targets = {target(a.bits, a.codes, a.affine)};
+  if (a.second_codes) targets.push_back(target(a.second_bits, a.second_codes, a.second_affine));
   const bool known = with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
 #pragma omp parallel num_threads(a.num_threads) if (a.num_threads > 1 && a.count >= 16)
@@ -138,8 +163,9 @@ extern "C" int psa_sketch_write(PsaSketchWriteArgs* args) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < a.count; i++)
         for (int h = 0; h < a.num_kv_heads; h++)
-          write_key<T>(a, layout, a.slots[i], h, x, codes);
+          write_key<T>(a, targets, a.slots[i], h, x, codes);
     }
   });
+  if (known && a.watermark) advance(a);
   return known ? PSA_OK : PSA_BAD_DTYPE;
 }
