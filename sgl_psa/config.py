@@ -222,10 +222,9 @@ class PSAConfig:
         policy = POLICIES[self.policy]
         object.__setattr__(self, "scorer", legal.resolve_scorer(policy, self.scorer))
         legal.check_budget(policy, self.budget_pages, self.sink_pages, self.recent_pages)
-        legal.check_prediction(policy, self.predict, self.budget_prior, self.backend)
-        legal.check_summaries(self.scorer, self.summary_bits, self.backend)
+        legal.check_prediction(policy, self.predict, self.budget_prior)
         if self.compensate:
-            legal.check_compensation(policy, self.scorer, self.backend)
+            legal.check_compensation(policy, self.scorer)
         if self.scorer == "two_level" and self.sketch_bits == 1:
             raise ConfigError(
                 "scorer='two_level' reads one bit first and sketch_bits second: set sketch_bits to "

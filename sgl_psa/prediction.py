@@ -143,6 +143,18 @@ class Predictor:
             self._sums = torch.zeros(*self._kappa.shape, 3, device=self._kappa.device)
         return self._kappa[layer], self._sums[layer]
 
+    def pin(self, first: torch.Tensor, kappa: torch.Tensor, sums: torch.Tensor) -> None:
+        """Move what the open step is given, and where it writes, to the caller's buffers, each
+        contiguous within a layer.
+
+        Args:
+            first, kappa, sums: int32 [L, B, Hkv], float32 [L, B, Hq] and float32 [L, B, Hq, 3].
+        """
+        start = self.correction(0, kappa.shape[2])[0]
+        assert start is not None and self._first is not None and self._kappa is not None
+        self._first = first.copy_(self._first)
+        self._kappa, self._sums = kappa.copy_(self._kappa), sums
+
     def learn(self, rounds: torch.Tensor) -> None:
         """Close the step.
 

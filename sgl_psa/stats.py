@@ -97,11 +97,12 @@ class StepStats:
 
     Attributes:
         table: float64 [L, B, 11], summed over KV heads; columns are the fields of ReadCounts.
-        sparse_rows: rows of the batch that did not take the dense pass.
+        sparse_rows: rows of the batch that did not take the dense pass; a number on the device of
+            steps in a CUDA graph.
     """
 
     table: torch.Tensor
-    sparse_rows: int
+    sparse_rows: int | torch.Tensor
 
     def layer(self, index: int) -> ReadCounts:
         """Counts of one layer, all rows."""
@@ -121,7 +122,7 @@ def _counts(sums: list[float]) -> ReadCounts:
 def step_stats(
     columns: torch.Tensor,
     seq_lens: torch.Tensor,
-    sparse_rows: int,
+    sparse_rows: int | torch.Tensor,
     page_size: int,
     cost: ByteCost,
     summary_bytes: torch.Tensor | None = None,
@@ -172,7 +173,7 @@ class PSAStats:
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
         self.decode_steps = 0
-        self.sparse_rows = 0
+        self._sparse_rows: int | torch.Tensor = 0
         self.audit: Auditor | None = None
         self.predictor: Predictor | None = None
         self._table = torch.zeros(num_layers, len(fields(ReadCounts)), dtype=torch.float64)
@@ -180,8 +181,13 @@ class PSAStats:
     def add(self, step: StepStats) -> None:
         """Account one decode step."""
         self.decode_steps += 1
-        self.sparse_rows += step.sparse_rows
+        self._sparse_rows = self._sparse_rows + step.sparse_rows
         self._table = self._table.to(step.table.device) + step.table.sum(1)
+
+    @property
+    def sparse_rows(self) -> int:
+        """Rows that did not take the dense pass, over all steps."""
+        return int(self._sparse_rows)
 
     @property
     def layers(self) -> list[ReadCounts]:

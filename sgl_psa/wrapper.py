@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -32,10 +33,27 @@ class DecodePlan(NamedTuple):
 
     batch: PageBatch
     rows: RuleRows
-    sparse_rows: int
+    sparse_rows: int | torch.Tensor
     scored_rows: int
     weighted_rows: int
     selections: tuple[Selection, ...]
+
+
+@dataclass
+class StepRecord:
+    """What ``run`` left behind, by layer.
+
+    Attributes:
+        columns: the kernels' statistics, float32 [B, Hkv, NUM_COLUMNS].
+        scorer_bytes, value_bytes: bytes read to score, and of value means and norms, float32
+            [B, Hkv]; only of layers that tell.
+        ran: whether the step ran, and was not merely captured.
+    """
+
+    columns: dict[int, torch.Tensor] = field(default_factory=dict)
+    scorer_bytes: dict[int, torch.Tensor] = field(default_factory=dict)
+    value_bytes: dict[int, torch.Tensor] = field(default_factory=dict)
+    ran: bool = True
 
 
 class PSADecodeWrapper:
@@ -91,9 +109,7 @@ class PSADecodeWrapper:
         if config.predict:
             self.predictor = self.stats.predictor = Predictor(config, scorer.shape, prior)
         self._plan: DecodePlan | None = None
-        self._columns: dict[int, torch.Tensor] = {}
-        self._scorer_bytes: dict[int, torch.Tensor] = {}
-        self._value_bytes: dict[int, torch.Tensor] = {}
+        self._record = StepRecord()
         self._selector = Selector(config, scorer.shape)
 
     def plan(
@@ -138,6 +154,11 @@ class PSADecodeWrapper:
             )
         self._plan = DecodePlan(batch, rows, sparse_rows, scored_rows, weighted_rows, selections)
         return self._plan
+
+    def adopt(self, plan: DecodePlan, record: StepRecord) -> None:
+        """Open a step that was planned elsewhere, whose ``run`` writes, or has written, to
+        ``record`` (:mod:`sgl_psa.static_plan`)."""
+        self._plan, self._record = plan, record
 
     def run(
         self,
@@ -204,10 +225,10 @@ class PSADecodeWrapper:
         if choices:
             self._selector.account(layer, choices, columns, q, k_cache, lse, batch, sm_scale)
         if attended is not None and estimates is not None:
-            out, self._value_bytes[layer] = self.values.complete(
+            out, self._record.value_bytes[layer] = self.values.complete(
                 layer, out, lse, estimates, attended, columns, plan
             )
-        self._columns[layer] = columns
+        self._record.columns[layer] = columns
         if self.audit is not None:
             self.audit.observe(layer, q, k_cache, v_cache, out, lse, columns, plan, sm_scale)
         return out, lse
@@ -222,15 +243,15 @@ class PSADecodeWrapper:
         log_mass = self.scorer.score(layer, q, plan.batch, sm_scale)
         read = self.scorer.read_bytes(layer)
         if read is not None:
-            self._scorer_bytes[layer] = read
+            self._record.scorer_bytes[layer] = read
         return log_mass
 
     def finish(self) -> StepStats | None:
         """Close the planned step: add it to ``stats`` and return it; ``None`` if nothing ran."""
-        plan, columns, read = self._plan, self._columns, self._scorer_bytes
-        values = self._value_bytes
-        self._plan, self._columns, self._scorer_bytes, self._value_bytes = None, {}, {}, {}
-        if plan is None or not columns:
+        plan, record = self._plan, self._record
+        columns, read, values = record.columns, record.scorer_bytes, record.value_bytes
+        self._plan, self._record = None, StepRecord()
+        if plan is None or not columns or not record.ran:
             return None
         blank = torch.zeros_like(next(iter(columns.values())))
         layers = [columns.get(i, blank) for i in range(self.stats.num_layers)]
@@ -257,4 +278,4 @@ class PSADecodeWrapper:
 
     def columns(self, layer: int) -> torch.Tensor:
         """What ``run`` read in ``layer`` of the open step, float32 [B, Hkv, NUM_COLUMNS]."""
-        return self._columns[layer]
+        return self._record.columns[layer]

@@ -4,11 +4,12 @@
     TRITON_INTERPRET=1 python -m benchmark.gpu.decode_op --device cpu --lengths 64 --batches 1 \
         --rounds 1         # without a GPU: it runs; its times mean nothing
 
-Ours: 2-bit sketches, marginal rule, with and without a predicted first group, and dense, in Triton;
-the same in batched torch. Peers in the same run: FlashInfer's paged decode where it is installed,
-and torch's SDPA on a contiguous copy of the cache (no pages to follow: the stronger peer). Variants
-run in turn in every round, the L2 cache is overwritten before each, CUDA events time them, medians
-are kept. What can be captured runs as a CUDA graph; the torch backend cannot.
+Ours: 2-bit sketches, marginal rule, with and without a predicted first group, in groups of 4 and of
+16 pages, and dense, in Triton; the same in batched torch. Peers in the same run, where installed:
+FlashInfer's paged decode, FlashAttention 3, the kernel of SGLang's Triton backend, and torch's SDPA
+on a contiguous copy of the cache. Variants run in turn in every round, the L2 cache is overwritten
+before each, CUDA events time them, medians are kept. What can be captured runs as a CUDA graph; the
+torch backend cannot.
 """
 
 from __future__ import annotations
@@ -25,14 +26,13 @@ import torch
 from sgl_psa_kernels.progressive_decode import STAT_NAMES, progressive_decode
 
 from benchmark.common import hardware, spread
+from benchmark.gpu.peers import PEERS, Step
 from benchmark.gpu.pool import Pool, Sketch, heat, make_pool, make_sketch, score
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 DELTA = 0.1
 HOT_PAGES = 6
 FLUSH_BYTES = 1 << 28
-
-Step = Callable[[], Any]
 
 
 class Timer:
@@ -78,7 +78,11 @@ def copy_bandwidth(timer: Timer, rounds: int) -> float:
 
 
 def decode(
-    pool: Pool, log_mass: torch.Tensor | None, backend: str, first: torch.Tensor | None = None
+    pool: Pool,
+    log_mass: torch.Tensor | None,
+    backend: str,
+    first: torch.Tensor | None = None,
+    group: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Marginal rule, or dense without estimates."""
     options = {"dtype": torch.float32, "device": pool.q.device}
@@ -98,42 +102,10 @@ def decode(
         sm_scale=pool.scale,
         sink_pages=1,
         recent_pages=2,
-        group_pages=4,
+        group_pages=group,
         backend=backend,
         first_pages=first,
     )
-
-
-def sdpa(pool: Pool) -> Step:
-    """torch's attention on a contiguous copy."""
-    slots = torch.stack([pool.slots(row) for row in range(pool.batch)])
-    k, v = (t[slots].transpose(1, 2).contiguous() for t in (pool.k, pool.v))
-    q = pool.q[:, :, None]
-    attention = torch.nn.functional.scaled_dot_product_attention
-    return lambda: attention(q, k, v, scale=pool.scale, enable_gqa=True)[:, :, 0]
-
-
-def flashinfer(pool: Pool) -> Step:
-    """FlashInfer's paged decode, planned once."""
-    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
-
-    device, pages = pool.q.device, pool.page_table.shape[1]
-    workspace = torch.empty(1 << 28, dtype=torch.uint8, device=device)
-    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
-    wrapper.plan(
-        torch.arange(pool.batch + 1, dtype=torch.int32, device=device) * pages,
-        pool.page_table.flatten(),
-        torch.full((pool.batch,), pool.page, dtype=torch.int32, device=device),
-        HEADS,
-        KV_HEADS,
-        DIM,
-        pool.page,
-        q_data_type=pool.q.dtype,
-        kv_data_type=pool.k.dtype,
-        sm_scale=pool.scale,
-    )
-    cache = tuple(t.unflatten(0, (-1, pool.page)) for t in (pool.k, pool.v))
-    return lambda: wrapper.run(pool.q, cache)
 
 
 def variants(
@@ -145,11 +117,16 @@ def variants(
         return score(pool, sketch, backend)
 
     builders: dict[str, Callable[[], Step]] = {
-        "sdpa dense": lambda: timer.captured(sdpa(pool)),
-        "flashinfer dense": lambda: timer.captured(flashinfer(pool)),
+        **{
+            name: lambda peer=peer: timer.captured(peer(pool))  # type: ignore[misc]
+            for name, peer in PEERS.items()
+        },
         "triton dense": lambda: timer.captured(lambda: decode(pool, None, "triton")),
         "triton score": lambda: timer.captured(lambda: scores("triton")),
         "triton psa": lambda: timer.captured(lambda: decode(pool, scores("triton"), "triton")),
+        "triton psa, groups of 16": lambda: timer.captured(
+            lambda: decode(pool, scores("triton"), "triton", group=16)
+        ),
         "triton psa, predicted": lambda: timer.captured(
             lambda: decode(pool, scores("triton"), "triton", first)
         ),
@@ -237,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--lengths", default="8192,32768,131072")
-    parser.add_argument("--batches", default="1,8,64")
+    parser.add_argument("--batches", default="1,4,16,64")
     parser.add_argument("--page-sizes", default="16,64")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--max-gib", type=float, default=24.0, help="largest K and V to try")

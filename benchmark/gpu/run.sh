@@ -1,12 +1,15 @@
 #!/bin/sh
 # Checks the Triton kernels on a GPU, then measures them; from the root of a checkout:
 #
-#     sh benchmark/gpu/run.sh [FOLDER FOR RESULTS, default out]
+#     sh benchmark/gpu/run.sh [FOLDER FOR RESULTS, default out] [ops | serving]
 #
-# Needs torch and triton, for FlashInfer as a peer also flashinfer. Neither SGLang nor an installation
-# of the project is needed. Stops with 1 before measuring if a check fails.
+# The checks and the operators need torch and triton; FlashInfer, FlashAttention 3 and SGLang's
+# kernels are peers where they are installed. The whole engine needs SGLang and this project
+# (pip install .) and is left out where they are missing. Results are JSON files in the folder.
+# Stops with 1 before measuring if a check fails.
 set -eu
 out=${1:-${OUT:-out}}
+only=${2:-all}
 mkdir -p "$out"
 export PYTHONPATH="$PWD:$PWD/kernels:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
@@ -15,4 +18,13 @@ status=0
 "$python" -m benchmark.gpu.check > "$out/gpu_check.txt" 2>&1 || status=$?
 cat "$out/gpu_check.txt"
 [ "$status" -eq 0 ] || exit 1
-"$python" -m benchmark.gpu.decode_op --out "$out/gpu_decode_op.json"
+if [ "$only" != serving ]; then
+    "$python" -m benchmark.gpu.decode_op --out "$out/gpu_decode_op.json"
+fi
+if [ "$only" != ops ]; then
+    if "$python" -c 'import importlib.metadata as m; m.version("sglang"); m.version("sgl-psa")'; then
+        "$python" -m benchmark.gpu.serving --out "$out/gpu_serving.json"
+    else
+        echo "benchmark.gpu.serving left out: SGLang or sgl-psa is not installed"
+    fi
+fi

@@ -103,3 +103,11 @@ def ceil_bfloat16(x):
     """Smallest bfloat16 that is no less than float32 x >= 0, as float32; NaN stays."""
     bits = (x.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000
     return tl.where(x != x, x, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def floor_bfloat16(x):
+    """Largest bfloat16 that is no more than float32 x, as float32; NaN stays."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x < 0, bits + 0xFFFF, bits) & -0x10000
+    return tl.where(x != x, x, bits.to(tl.float32, bitcast=True))

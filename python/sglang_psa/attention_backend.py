@@ -18,6 +18,7 @@ from sgl_psa.stats import StepStats
 from sgl_psa.wrapper import PSADecodeWrapper
 from sglang_psa import defaults, hooks, layers, prefill, prefix_budgets, state
 from sglang_psa.compat import AttentionBackend, KVWriteLoc
+from sglang_psa.decode_graph import DecodeGraphs
 from sglang_psa.kv_pool import PSAKVPool
 from sglang_psa.server_args import psa_config
 
@@ -75,6 +76,8 @@ class PSAAttentionBackend(AttentionBackend):
             values=self.pool.summaries.values,
         )
         self.last_step: StepStats | None = None
+        self.graphs: DecodeGraphs | None = None
+        self._num_qo_heads = layers.query_heads(runner.model)
         self._prefill = prefill.choose(self.config, self.pool.device)
         self._chunks: list[Chunk] = []
         self._layers_left = 0
@@ -102,6 +105,29 @@ class PSAAttentionBackend(AttentionBackend):
             self._layers_left = self.pool.layer_num
         elif not mode.is_idle():
             self._chunks = self._plan_chunks(forward_batch)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Allocate the buffers of decode steps in CUDA graphs."""
+        self.graphs = DecodeGraphs(
+            self.wrapper, self.rules, self.req_to_token, max_bs, self._num_qo_heads
+        )
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Length of padding rows while a graph is captured; replays take them for no rows."""
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Plan a decode step whose layers run inside a CUDA graph."""
+        assert self.graphs is not None, "init_cuda_graph_state comes first"
+        self.last_step = None  # SGLang's warm-up, whose statistics nobody fetched.
+        self.graphs.plan(forward_batch, in_capture)
+        self._layers_left = -1  # The last layer does not close the step: it may only be captured.
+
+    def take_step(self) -> StepStats | None:
+        """Statistics of the decode step of the newest forward pass, ``None`` if it was none."""
+        replayed = None if self.graphs is None else self.graphs.finish()
+        step, self.last_step = self.last_step, None
+        return step if replayed is None else replayed
 
     def _plan_chunks(self, forward_batch: Any) -> list[Chunk]:
         size, start, chunks = self.pool.page_size, 0, []

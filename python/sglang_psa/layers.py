@@ -46,3 +46,9 @@ def check(model: Any) -> None:
             f"the psa backend cannot run this model: {listed}. Serve it without "
             "--attention-backend psa"
         )
+
+
+def query_heads(model: Any) -> int:
+    """Query heads of an attention layer of a loaded model, on this tensor-parallel rank."""
+    heads = {m.tp_q_head_num for m in model.modules() if isinstance(m, RadixAttention)}
+    return int(max(heads))

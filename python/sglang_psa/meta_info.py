@@ -15,6 +15,7 @@ from typing import Any
 from sgl_psa.rule import RequestRule
 from sgl_psa.stats import ReadCounts, StepStats
 from sglang_psa import compat, metrics, state
+from sglang_psa.decode_graph import LateSteps, LateTable
 from sglang_psa.hooks import Hook, Kind
 from sglang_psa.request_rules import rule_of
 from sglang_psa.server_args import uses_psa
@@ -24,11 +25,15 @@ KEY = "psa"
 RowSums = tuple[float, ...] | None
 
 
-def row_sums(step: StepStats | None, num_rows: int) -> list[RowSums]:
-    """The sums of each row of a step, over layers and KV heads; ``None``s if it was no decode."""
-    if step is None:
-        return [None] * num_rows
-    return [tuple(row) for row in step.table.sum(0).tolist()]
+_late = LateSteps()
+
+
+def row_sums(step: StepStats | None, num_rows: int) -> Sequence[RowSums]:
+    """The sums of each row of a step, over layers and KV heads; ``None``s if it was no decode.
+
+    Of a CUDA device they are fetched when SGLang looks at the first of them.
+    """
+    return [None] * num_rows if step is None else LateTable(step.table.sum(0))
 
 
 def publish(output: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
@@ -36,9 +41,10 @@ def publish(output: Any, runner: Any, forward_batch: Any, *args: Any, **kwargs: 
     backend = state.get_backend()
     if backend is None:
         return
-    step, backend.last_step = backend.last_step, None
-    if step is not None:
-        metrics.observe(step)
+    step = backend.take_step()
+    known = None if step is None else _late.swap(step)
+    if known is not None:
+        metrics.observe(known)
     logits = output.logits_output
     if hasattr(logits, "customized_info"):
         rows = row_sums(step, forward_batch.batch_size)

@@ -88,7 +88,7 @@ class StepMetrics:
             return
         amounts = {
             "decode_steps": 1,
-            "sparse_rows": step.sparse_rows,
+            "sparse_rows": int(step.sparse_rows),
             "pages_attended": sums.pages_attended,
             "pages": sums.pages_total,
             "bytes_read": sums.bytes_read,

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sgl_psa.policies import POLICIES
+
 MIN_PAGE, MAX_PAGE = 8, 128
 #: Parts of architecture names of models with state-space or linear attention layers.
 RECURRENT_ARCHITECTURES = (
@@ -62,13 +64,26 @@ def _bad_page_size(args: Any) -> bool:
     return size is not None and not (MIN_PAGE <= size <= MAX_PAGE and size & (size - 1) == 0)
 
 
-def _decode_graph_asked(args: Any) -> bool:
-    config = args.cuda_graph_config
+def decode_graph(args: Any) -> str:
+    """The kind of decode CUDA graph that the arguments ask for, ``disabled`` if none."""
+    config = getattr(args, "cuda_graph_config", None)
     if config is None:
-        return args.cuda_graph_backend_decode not in (None, "disabled")
+        return getattr(args, "cuda_graph_backend_decode", None) or "disabled"
     decode = config.get("decode", {}) if isinstance(config, dict) else config.decode
     chosen = decode.get("backend") if isinstance(decode, dict) else decode.backend
-    return str(getattr(chosen, "value", chosen) or "disabled").lower() != "disabled"
+    return str(getattr(chosen, "value", chosen) or "disabled").lower()
+
+
+def _graph_of_waiting_kernels(args: Any) -> bool:
+    return decode_graph(args) != "disabled" and getattr(args, "psa_backend", None) != "triton"
+
+
+def _graph_of_host_choices(args: Any) -> bool:
+    policy = POLICIES.get(getattr(args, "psa_policy", None) or "psa")
+    chooses = policy is not None and policy.select is not None
+    exact = getattr(args, "psa_scorer", None) == "exact"
+    audits = bool(getattr(args, "psa_audit_rate", None))
+    return decode_graph(args) != "disabled" and (chooses or exact or audits)
 
 
 def _prefill_only(args: Any) -> bool:
@@ -146,9 +161,23 @@ REFUSALS: tuple[Refusal, ...] = (
         "--enable-prefill-cp",
     ),
     Refusal(
-        "decode graph",
-        _decode_graph_asked,
-        "decode CUDA graphs are not supported yet: use --cuda-graph-backend-decode disabled",
+        "decode graph kind",
+        lambda a: decode_graph(a) not in ("disabled", "full"),
+        "only full decode CUDA graphs are supported: use --cuda-graph-backend-decode full or "
+        "disabled",
+    ),
+    Refusal(
+        "decode graph kernels",
+        _graph_of_waiting_kernels,
+        "decode CUDA graphs need kernels that never wait for the device: use --psa-backend triton, "
+        "or --cuda-graph-backend-decode disabled",
+    ),
+    Refusal(
+        "decode graph settings",
+        _graph_of_host_choices,
+        "policies that choose pages outright, scorer exact and audits run outside of a decode CUDA "
+        "graph: use --psa-policy psa or dense and drop --psa-audit-rate, or use "
+        "--cuda-graph-backend-decode disabled",
     ),
     Refusal(
         "HND layout",

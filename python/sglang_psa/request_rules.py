@@ -17,9 +17,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
+from sgl_psa import static_plan
 from sgl_psa.config import ConfigError
+from sgl_psa.policies import POLICIES
 from sgl_psa.rule import REQUEST_PREFIX, RequestRule
-from sglang_psa import compat
+from sglang_psa import compat, refusals
 from sglang_psa.hooks import Hook, Kind
 from sglang_psa.server_args import psa_config, uses_psa
 from sglang_psa.token_ids import check_token_ids
@@ -66,7 +68,10 @@ def rule_of(manager: Any, params: Mapping[str, Any] | None) -> RequestRule:
     effective = {**(manager.preferred_sampling_params or {}), **(params or {})}
     custom = effective.get("custom_params")
     config = psa_config(manager.server_args)
-    return RequestRule.parse(custom if isinstance(custom, Mapping) else None, config)
+    rule = RequestRule.parse(custom if isinstance(custom, Mapping) else None, config)
+    if refusals.decode_graph(manager.server_args) != "disabled":
+        static_plan.check_policy(POLICIES[rule.policy], REQUEST_PREFIX)
+    return rule
 
 
 def prepare(manager: Any, obj: Any, body: Mapping[str, Any]) -> None:

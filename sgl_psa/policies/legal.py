@@ -73,17 +73,12 @@ def may_compensate(policy: Policy, scorer: str) -> bool:
     return policy.reads_scores and not is_page_summary(scorer)
 
 
-def check_compensation(policy: Policy, scorer: str, backend: str) -> None:
-    """Refuse tail compensation without good estimates of what was left out, or without kernels.
+def check_compensation(policy: Policy, scorer: str) -> None:
+    """Refuse tail compensation without good estimates of what was left out.
 
     Raises:
-        ConfigError: the policy reads no scores, the scorer's estimates are too coarse, or the
-            backend has no such operator.
+        ConfigError: the policy reads no scores, or the scorer's estimates are too coarse.
     """
-    if backend == "triton":
-        raise ConfigError(
-            "compensate=true: backend triton has no tail compensation; set backend to auto or torch"
-        )
     if not policy.reads_scores:
         raise ConfigError(
             f"compensate=true: policy {policy.name} reads no scores, so nothing says what weight "
@@ -94,19 +89,6 @@ def check_compensation(policy: Policy, scorer: str, backend: str) -> None:
         raise ConfigError(
             f"compensate=true: scorer {scorer} estimates masses so coarsely that pages left out "
             f"may get far too much weight; set scorer to one of {fits}, or drop compensate"
-        )
-
-
-def check_summaries(scorer: str, summary_bits: int, backend: str) -> None:
-    """Refuse page summaries that a backend has no kernels for.
-
-    Raises:
-        ConfigError: naming the backends that have them.
-    """
-    if summary_bits == 8 and backend == "triton" and is_page_summary(scorer):
-        raise ConfigError(
-            "summary_bits=8: backend triton has no 8-bit summaries; set summary_bits to 16, or "
-            "backend to auto or torch"
         )
 
 
@@ -146,7 +128,7 @@ def check_budget(
         )
 
 
-def check_prediction(policy: Policy, predict: bool, prior: str, backend: str) -> None:
+def check_prediction(policy: Policy, predict: bool, prior: str) -> None:
     """Refuse a prior that nothing reads, and predictions where no stop rule ends reading.
 
     Raises:
@@ -158,11 +140,6 @@ def check_prediction(policy: Policy, predict: bool, prior: str, backend: str) ->
         raise ConfigError(
             f"predict: policy {policy.name} has no stop rule whose pages could be predicted; drop "
             "predict, or choose policy psa"
-        )
-    if predict and backend == "triton":
-        raise ConfigError(
-            "predict=true: backend triton does not tell the residuals that the coverage rule's "
-            "prediction keeps; set backend to auto or torch, or drop predict"
         )
 
 

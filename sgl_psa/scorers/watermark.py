@@ -6,6 +6,8 @@ import torch
 
 #: Up to so many slots, a loop on the host is quicker than a dozen operations on tensors.
 _FEW = 16
+#: Up to so many slots on a device, finding each page once costs more than doing some twice.
+_SMALL_BATCH = 512
 
 
 def advance(watermark: torch.Tensor, slots: torch.Tensor, page_size: int) -> None:
@@ -40,9 +42,15 @@ def advance(watermark: torch.Tensor, slots: torch.Tensor, page_size: int) -> Non
     ends = torch.ones_like(starts)
     ends[:-1] = starts[1:]
     keep = ends & valid[run_start]
-    watermark[pages[keep]] = (offsets[keep] + 1).to(watermark.dtype)
+    # What is not kept goes behind the last page: no shape depends on the data, so nobody waits.
+    marks = torch.cat([watermark, watermark.new_zeros(1)])
+    marks[torch.where(keep, pages, len(watermark))] = (offsets + 1).to(watermark.dtype)
+    watermark.copy_(marks[:-1])
 
 
 def touched_pages(slots: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Physical pages of ``slots``, int64, each once."""
-    return torch.unique(torch.div(slots, page_size, rounding_mode="floor"))
+    """Physical pages of ``slots``, int64; each once, but for few slots on a device, where pages may
+    come twice and nothing waits."""
+    pages = torch.div(slots, page_size, rounding_mode="floor")
+    few = slots.device.type != "cpu" and slots.numel() <= _SMALL_BATCH
+    return pages if few else torch.unique(pages)

@@ -13,10 +13,13 @@ import sgl_psa_kernels.progressive_decode.triton_backend as decode_backend
 import test_key_sketch
 import test_page_summary
 import test_rotated_sketch
+import test_tail_compensation
 import torch
 from kernel_cases import BF16, Case, make_batch
 from sgl_psa_kernels import triton_support
+from sgl_psa_kernels.candidate_pages import candidate_pages
 from sgl_psa_kernels.merge_state import merge_state
+from sgl_psa_kernels.tail_compensation import compensate
 from test_progressive_decode import RULES, decode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -39,10 +42,20 @@ def main() -> None:
     batch = make_batch(case)
     log_mass = torch.zeros(1, 8, batch.page_table.shape[1])
     first = torch.ones(1, 2, dtype=torch.int32)
-    decode(batch, log_mass, RULES["coverage-.8"], "triton", first_pages=first)
+    told = {"kappa_start": torch.zeros(1, 8), "residuals": torch.zeros(1, 8, 3)}
+    for options in ({"first_pages": first}, told, {"group_pages": 16, **told}):
+        decode(batch, log_mass, RULES["coverage-.8"], "triton", **options)
+    decode(batch, None, RULES["dense"], "triton")
     for module in (test_key_sketch, test_rotated_sketch):
         module.score(batch, *module.make_sketch(batch, 2, "triton"), 2, "triton")
-    test_page_summary.score(batch, test_page_summary.make_summary(batch, "triton"), "triton")
+    for bits in test_page_summary.BITS:
+        for kind in ("hybrid", "box"):
+            stored = test_page_summary.make_summary(batch, "triton", kind, bits)
+            test_page_summary.score(batch, stored, "triton", kind)
+    active = torch.ones(1, dtype=torch.uint8)
+    options = {"num_kv_heads": 2, "page_size": 16, "count": 8, "backend": "triton"}
+    candidate_pages(log_mass, batch.seq_lens, active, **options)
+    compensate(**test_tail_compensation.arguments(batch), backend="triton")
     lse = torch.zeros(8)
     merge_state(torch.zeros(8, 128), lse, torch.zeros(8, 128), lse, backend="triton")
 

@@ -170,13 +170,14 @@ def test_a_dense_server_has_no_psa_key() -> None:
 
 
 def forward(monkeypatch: pytest.MonkeyPatch, step: StepStats | None) -> tuple[Any, Any]:
-    backend = SimpleNamespace(last_step=step)
+    steps = [step]
+    backend = SimpleNamespace(take_step=steps.pop)
     seen: list[Any] = []
     monkeypatch.setattr(state, "get_backend", lambda: backend)
     monkeypatch.setattr(meta_info.metrics, "observe", seen.append)
     logits = SimpleNamespace(customized_info={"other": [1, 2]})
     publish(SimpleNamespace(logits_output=logits), None, SimpleNamespace(batch_size=2))
-    assert backend.last_step is None, "the next forward would publish this step again"
+    assert not steps, "the next forward would publish this step again"
     return logits.customized_info, seen
 
 

@@ -57,7 +57,8 @@ MODEL = dict(
 )
 HF = dict(architectures=["LlamaForCausalLM"])
 
-#: row name -> changes that must be refused; "env:X" sets a variable, "hf:X" the model's config.
+#: row name -> changes that must be refused; "env:X" sets a variable, "hf:X" the model's
+#: config, "psa:X" an argument of ours.
 CASES = {
     "page size": [{"page_size": 1}, {"page_size": 4}, {"page_size": 24}, {"page_size": 256}],
     "prefill only": [{"decode_attention_backend": "triton"}],
@@ -73,10 +74,21 @@ CASES = {
     "disaggregation": [{"disaggregation_mode": "prefill"}, {"disaggregation_mode": "decode"}],
     "pipeline parallelism": [{"pp_size": 2}],
     "context parallelism": [{"attn_cp_size": 2}, {"dcp_size": 2}, {"enable_prefill_cp": True}],
-    "decode graph": [
-        {"cuda_graph_backend_decode": "full"},
-        {"cuda_graph_config": {"decode": {"backend": "full"}}},
+    "decode graph kind": [
+        {"cuda_graph_backend_decode": "tc_piecewise", "psa:psa_backend": "triton"},
         {"cuda_graph_config": SimpleNamespace(decode=SimpleNamespace(backend="breakable"))},
+    ],
+    "decode graph kernels": [
+        {"cuda_graph_backend_decode": "full"},
+        {"cuda_graph_config": {"decode": {"backend": "full"}}, "psa:psa_backend": "auto"},
+    ],
+    "decode graph settings": [
+        {"cuda_graph_backend_decode": "full", "psa:psa_backend": "triton", **change}
+        for change in (
+            {"psa:psa_policy": "topk"},
+            {"psa:psa_policy": "oracle_marginal", "psa:psa_scorer": "exact"},
+            {"psa:psa_audit_rate": 0.01},
+        )
     ],
     "HND layout": [{"env:SGLANG_USE_HND_KVCACHE": "1"}],
     "unified radix tree": [{"env:SGLANG_ENABLE_UNIFIED_RADIX_TREE": "true"}],
@@ -128,6 +140,8 @@ def build(change, monkeypatch):
         kind, _, name = key.rpartition(":")
         if kind == "env":
             monkeypatch.setenv(name, value)
+        elif kind == "psa":
+            args[name] = value
         elif kind == "hf":
             hf[name] = value
         elif key in args:
@@ -172,7 +186,8 @@ LEGAL = [
     {"page_size": None},
     {"page_size": 8},
     {"page_size": 128},
-    {"cuda_graph_backend_decode": "disabled"},
+    {"cuda_graph_backend_decode": "disabled", "psa:psa_policy": "topk"},
+    {"cuda_graph_backend_decode": "full", "psa:psa_backend": "triton", "psa:psa_policy": "dense"},
     {"cuda_graph_config": {"prefill": {"backend": "breakable"}}},
     {"prefill_attention_backend": "triton", "decode_attention_backend": "psa"},
     {"attention_backend": None, "decode_attention_backend": "psa"},

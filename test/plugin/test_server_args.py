@@ -108,20 +108,14 @@ def test_compensation_without_good_estimates_is_refused():
         StartUpError, match=r"compensate=true: scorer hybrid .*set scorer to one of"
     ):
         parse(*PSA, "--psa-compensate", "--psa-scorer", "hybrid")
-    with pytest.raises(StartUpError, match="backend triton has no tail compensation"):
-        parse(*PSA, "--psa-compensate", "--psa-backend", "triton")
 
 
 @pytest.mark.parametrize(
-    ("flags", "fix"),
-    [
-        (["--psa-predict"], "set backend to auto or torch, or drop predict"),
-        (["--psa-scorer", "box", "--psa-summary-bits", "8"], "set summary_bits to 16"),
-    ],
+    "flags",
+    [["--psa-predict", "--psa-compensate"], ["--psa-scorer", "box", "--psa-summary-bits", "8"]],
 )
-def test_what_triton_does_not_have_is_refused(flags, fix):
-    with pytest.raises(StartUpError, match=fix):
-        parse(*PSA, "--psa-backend", "triton", *flags)
+def test_triton_has_what_the_others_have(flags):
+    assert parse(*PSA, "--psa-backend", "triton", *flags).psa_backend == "triton"
 
 
 def test_boolean_flag_may_stand_alone():

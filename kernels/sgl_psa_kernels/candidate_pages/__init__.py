@@ -6,7 +6,7 @@ import torch
 
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
-from sgl_psa_kernels.candidate_pages import cpu, reference
+from sgl_psa_kernels.candidate_pages import cpu, reference, triton_backend
 from sgl_psa_kernels.candidate_pages.cpu import PreparedChoice
 
 
@@ -26,8 +26,7 @@ _IMPLEMENTATIONS = {
     "reference": reference.choose_checked,
     "torch": reference.choose,
     "cpu": cpu.choose,
-    # One sort, which torch does on the device; nothing waits for it.
-    "triton": reference.choose,
+    "triton": triton_backend.choose,
 }
 
 
@@ -58,15 +57,15 @@ def candidate_pages(
         num_kv_heads: query head h uses KV head h // (Hq // num_kv_heads).
         page_size: tokens per page.
         count: most candidates of a row and KV head, at least 1.
-        backend: "reference", "torch" (any device), "cpu" (C++) or "triton" (as "torch").
+        backend: "reference", "torch" (any device), "cpu" (C++) or "triton" (CUDA).
 
     Returns:
         Rows with fewer usable pages than ``count`` have fewer candidates.
 
     Raises:
         ValueError: unknown backend, bad shapes or dtypes, sequences longer than the pages ("torch"
-            does not look).
-        RuntimeError: backend "cpu" without a usable native library.
+            and "triton" do not look).
+        RuntimeError: backend "cpu" without a usable native library, "triton" without a CUDA device.
     """
     op = "candidate_pages"
     implementation = choose(backend, _IMPLEMENTATIONS, op)

@@ -9,9 +9,9 @@ element that is no finite number has scale NaN, which makes its estimates NaN.
 import torch
 
 #: Makes up for the rounding of a few float32 operations.
-_MARGIN = 1 + 2**-20
-_TOP = 255
-_LEAST_SCALE = 2.0**-126
+MARGIN = 1 + 2**-20
+TOP = 255
+LEAST_SCALE = 2.0**-126
 
 
 def round_up(x: torch.Tensor) -> torch.Tensor:
@@ -29,7 +29,7 @@ def round_down(x: torch.Tensor) -> torch.Tensor:
 
 def half_width(low: torch.Tensor, high: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
     """Half width of a box around the stored ``centre`` that contains [low, high] (float32)."""
-    return torch.maximum(high - centre, centre - low) * _MARGIN
+    return torch.maximum(high - centre, centre - low) * MARGIN
 
 
 def encode(x: torch.Tensor, up: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,10 +40,10 @@ def encode(x: torch.Tensor, up: bool = False) -> tuple[torch.Tensor, torch.Tenso
     """
     zero = round_down(x.amin(-1, keepdim=True))
     span = x.amax(-1, keepdim=True) - zero.float()
-    scale = round_up((span / _TOP * _MARGIN).clamp(min=_LEAST_SCALE))
+    scale = round_up((span / TOP * MARGIN).clamp(min=LEAST_SCALE))
     scale = scale.masked_fill(~scale.isfinite(), float("nan"))
     position = (x - zero.float()) / scale.float()
-    codes = (position.ceil() if up else position.round()).nan_to_num(0.0).clamp(0, _TOP)
+    codes = (position.ceil() if up else position.round()).nan_to_num(0.0).clamp(0, TOP)
     return codes.to(torch.uint8), torch.cat([scale, zero], -1)
 
 

@@ -2,16 +2,11 @@
 
 import torch
 
-from sgl_psa_kernels.checks import require
 from sgl_psa_kernels.page_summary.kinds import VECTORS
 from sgl_psa_kernels.triton_support import head_tile, kernels, power_of_two
 
 #: Pages scored by one program.
 PAGES = 32
-
-
-def _require_bfloat16(op: str, affine: torch.Tensor | None) -> None:
-    require(affine is None, f"{op}: backend 'triton' has no 8-bit summaries; use 'torch'")
 
 
 def update(
@@ -26,16 +21,16 @@ def update(
 ) -> None:
     """See :func:`sgl_psa_kernels.page_summary.update`; page numbers and fills are not checked."""
     folder = "page_summary.triton_kernels"
-    _require_bfloat16("page_summary.update", affine)
-    module = kernels("page_summary.update", folder, k_cache, pages, fill, summary)
+    given = (k_cache, pages, fill, summary, affine)
+    module = kernels("page_summary.update", folder, *given)
     _, num_kv, dim = k_cache.shape
     if pages.shape[0] == 0:
         return
     with torch.cuda.device_of(k_cache):
         module.update[(pages.shape[0], num_kv)](
-            k_cache, pages, fill, summary, *k_cache.stride()[:2],
+            *given, *k_cache.stride()[:2],
             HKV=num_kv, D=dim, DT=power_of_two(dim), PAGE=page_size,
-            VECTORS=VECTORS[kind], KIND=kind,
+            VECTORS=VECTORS[kind], KIND=kind, CODES=affine is not None,
             num_warps=4 if page_size * dim <= 8192 else 8,
         )  # fmt: skip
 
@@ -54,8 +49,7 @@ def score(
     sm_scale: float,
 ) -> torch.Tensor:
     """See :func:`sgl_psa_kernels.page_summary.score`; page numbers are not checked."""
-    _require_bfloat16("page_summary.score", affine)
-    given = (q, summary, watermark, page_table, seq_lens, active)
+    given = (q, summary, affine, watermark, page_table, seq_lens, active)
     module = kernels("page_summary.score", "page_summary.triton_kernels", *given)
     batch, num_q, dim = q.shape
     num_kv, pages = summary.shape[1], page_table.shape[1]
@@ -67,6 +61,6 @@ def score(
             *given, log_mass, *q.stride()[:2], page_table.stride(0), pages, sm_scale,
             HKV=num_kv, G=num_q // num_kv, GT=head_tile(num_q // num_kv),
             D=dim, DT=power_of_two(dim), PAGE=page_size, PAGES=PAGES,
-            VECTORS=VECTORS[kind], KIND=kind,
+            VECTORS=VECTORS[kind], KIND=kind, CODES=affine is not None,
         )  # fmt: skip
     return log_mass

@@ -1,17 +1,18 @@
 """Progressive decode attention in Triton: a fixed sequence of launches, no word to the host.
 
-Forced pages (of a dense row: all) are attended by chunks of a list, the rest is put in order by one
-sort, a predicted first group is attended by chunks too, and one program per row and KV head goes on
-round by round until its rule stops. Counts, lists and stop flags stay on the device, so a step can
-be captured in a CUDA graph. Without ``first_pages`` all groups run in those B * Hkv programs, too
-few to fill a GPU when the batch is small: predict the first group there.
+Forced pages (of a dense row: all) are attended by chunks of a list, so are a predicted first group
+and, where groups are large, the first ``WIDE_ROUNDS`` ones: a list of many pages is split over
+programs, and their results are merged by log-sum-exp. One program per row and KV head goes on round
+by round until its rule stops. Counts, lists and stop flags stay on the device, and shapes follow
+from the capacity alone, so a step can be captured in a CUDA graph. With small groups and without
+``first_pages`` all rounds run in those B * Hkv programs, too few to fill a GPU when the batch is
+small: predict the first group there, or make groups larger.
 """
 
 from __future__ import annotations
 
 import torch
 
-from sgl_psa_kernels.checks import require
 from sgl_psa_kernels.progressive_decode.modes import NUM_STATS
 from sgl_psa_kernels.triton_support import (
     dot_dtype,
@@ -26,6 +27,12 @@ CHUNK_TOKENS = 512
 CHUNKS = 64
 #: Programs a multiprocessor in a launch over chunks; longer lists take several turns.
 PROGRAMS = 8
+#: Groups of at least so many tokens are split over programs, in so many rounds; later ones are not.
+WIDE_TOKENS = 256
+WIDE_ROUNDS = 2
+#: Pages that are put in order at a time, and looked at at a time.
+WINDOW = 256
+STEP = 64
 
 
 def tile_pages(page_size: int, tokens: int) -> dict[str, int]:
@@ -62,12 +69,8 @@ def progressive_decode(
     mode outside of 0..3 attends forced pages only. Rows with a rule but no ``log_mass`` attend all.
     """
     op, folder = "progressive_decode", "progressive_decode"
-    require(
-        kappa_start is None and residuals is None,
-        f"{op}: backend 'triton' has neither kappa_start nor residuals; use 'torch'",
-    )
     given = [q, k_cache, v_cache, page_table, seq_lens, log_mass, mode, threshold]
-    given += [kappa_floor, kappa_std, first_pages, attended]
+    given += [kappa_floor, kappa_std, first_pages, attended, kappa_start, residuals]
     select = kernels(op, f"{folder}.triton_select", *given)
     attend = kernels(op, f"{folder}.triton_attend", *given)
     batch, num_q, dim = q.shape
@@ -83,16 +86,23 @@ def progressive_decode(
         return out, lse, stats
     if attended is None:
         attended = empty(pairs, pages, dtype=torch.uint8)
-    ints = empty(6, pairs, dtype=torch.int32)
-    forced_count, scored, stale_count, group_count, group_end, rounds = ints.unbind()
-    listed = empty(pairs, pages, dtype=torch.int32)
+    else:
+        attended.zero_()
+    if residuals is not None:
+        residuals.zero_()
+    ints = empty(4, pairs, dtype=torch.int32)
+    forced_count, scored, stale_count, group_count = ints.unbind()
+    progress, listed = empty(pairs, 4, dtype=torch.int32), empty(pairs, pages, dtype=torch.int32)
     rest, total, kappa = empty(3, pairs, group).unbind()
-    moments, state = empty(pairs, 3, group), empty(pairs, group, dim)
+    latest, seen = empty(2, pairs, 3, group).unbind()
+    state = empty(pairs, group, dim)
 
-    estimates, grouped = log_mass is not None, log_mass is not None and first_pages is not None
+    estimates, told = log_mass is not None, log_mass is not None and residuals is not None
+    wide_rounds = WIDE_ROUNDS if group_pages * page_size >= WIDE_TOKENS else 0
+    wide_rounds = max(wide_rounds, int(first_pages is not None)) if estimates else 0
     heads = {"HKV": num_kv, "G": group}
     small = heads | {"GT": power_of_two(group), "PAGE": page_size}
-    block = min(1024, power_of_two(pages, 16))
+    block = min(2048, power_of_two(pages, 16))
     tokens = min(64, max(16, (64 * 256) // power_of_two(dim * q.element_size())))
     tile = tile_pages(page_size, tokens)
     limits = {"LEAST": max(CHUNK_TOKENS // page_size, 1), "CHUNKS": CHUNKS}
@@ -111,54 +121,55 @@ def progressive_decode(
     part_out, part_lse = empty(pairs, chunks, group, dim), empty(pairs, chunks, group)
     parts = (part_out, part_lse, empty(pairs, chunks, 3, group))
 
+    flags = {"ESTIMATES": estimates, "TOLD": told}
+    started = {"STARTED": estimates and kappa_start is not None}
+
     def attend_chunks(counts: torch.Tensor, forced: bool) -> None:
-        flags = {"FORCED": forced, "ESTIMATES": estimates}
         attend.attend_list[(pairs, turns)](
-            q, k_cache, v_cache, page_table, seq_lens, mode, log_mass, listed, counts, *parts,
-            *strides, pages, chunks, sm_scale, **flags, **wide, **exact, **tile, **limits,
+            *inputs, mode, log_mass, listed, counts, *parts,
+            *strides, pages, chunks, sm_scale,
+            FORCED=forced, **flags, **wide, **exact, **tile, **limits,
         )  # fmt: skip
         attend.merge_chunks[(pairs, group)](
-            mode, counts, *parts, state, lse, moments, chunks,
-            **flags, **wide, **limits, PAGES=tile["PAGES"], BLOCK=16,
+            mode, counts, *parts, state, lse, latest, seen, chunks,
+            FORCED=forced, **flags, **wide, **limits, PAGES=tile["PAGES"], BLOCK=16,
         )  # fmt: skip
 
     with torch.cuda.device_of(q):
         select.survey[(pairs,)](
             log_mass, mode, seq_lens,
-            listed, forced_count, scored, stale_count, rest, attended,
+            listed, forced_count, scored, stale_count, rest, attended, progress,
             pages, sink_pages, max(recent_pages, 1), **small, ESTIMATES=estimates, BLOCK=block,
         )  # fmt: skip
         attend_chunks(forced_count, forced=True)
-        order = key = suffix = None
+        key = found = order = suffix = None
+        window = {"WINDOW": min(WINDOW, power_of_two(pages, 16)), "BLOCK": block}
+        window["STEP"] = min(STEP, window["WINDOW"])
         if estimates:
-            key = empty(pairs, pages)
+            key = empty(pairs, pages, dtype=torch.int32)
+            found, order = empty(2, pairs, 2, window["WINDOW"], dtype=torch.int32).unbind()
+            suffix = empty(pairs, group, window["WINDOW"] + 1)
             select.keys[(pairs, -(-pages // block))](
                 log_mass, mode, seq_lens, attended, lse, rest, total, key, pages,
                 **small, BLOCK=block,
             )  # fmt: skip
-            key, order = torch.sort(key, dim=1, descending=True, stable=True)
-            suffix = empty(pairs, group, pages)
-            select.suffix_masses[(pairs, group)](
-                log_mass, mode, scored, order, suffix, pages, **heads, BLOCK=min(block, 256)
-            )
-        if grouped:
-            select.first_group[(pairs,)](
-                log_mass, mode, threshold, kappa_floor, kappa_std, first_pages, order, key, suffix,
-                lse, total, moments, forced_count, scored,
-                listed, group_count, group_end, attended, pages, group_pages,
-                **heads, GT=power_of_two(group), BLOCK=min(block, 256),
+        for number in range(wide_rounds):
+            select.next_group[(pairs,)](
+                log_mass, mode, seq_lens, threshold, kappa_floor, kappa_std, kappa_start,
+                first_pages, key, found, order, suffix, lse, total, latest, seen,
+                forced_count, scored, progress, listed, group_count, attended, pages, group_pages,
+                FIRST=number == 0, PREDICTED=first_pages is not None, **started, **small, **window,
             )  # fmt: skip
             attend_chunks(group_count, forced=False)
-        window = min(2 * tokens, max(16, power_of_two(group_pages) * page_size))
         attend.rounds[(pairs,)](
-            *inputs, log_mass, mode, threshold, kappa_floor, kappa_std,
-            order, key, suffix, total, moments, scored, group_count, group_end,
-            state, lse, attended, out, kappa, rounds,
+            *inputs, log_mass, mode, threshold, kappa_floor, kappa_std, kappa_start,
+            key, found, order, suffix, lse, total, latest, seen, scored, progress, group_count,
+            listed, state, attended, out, kappa, residuals,
             *strides, pages, group_pages, sm_scale,
-            GROUPED=grouped, ESTIMATES=estimates, **wide, **exact, **tile_pages(page_size, window),
+            GROUPED=wide_rounds > 0, **started, **flags, **wide, **exact, **tile, **window,
         )  # fmt: skip
         select.statistics[(pairs,)](
-            log_mass, mode, seq_lens, attended, lse, kappa, scored, stale_count, rounds, stats,
+            log_mass, mode, seq_lens, attended, lse, kappa, scored, stale_count, progress, stats,
             pages, **small, ESTIMATES=estimates, BLOCK=block,
         )  # fmt: skip
     return out, lse, stats

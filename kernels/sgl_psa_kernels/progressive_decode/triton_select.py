@@ -7,23 +7,32 @@ Pages are logical.
 import triton
 import triton.language as tl
 
-from sgl_psa_kernels.triton_tiles import correction, finite, log_add, log_sum
+from sgl_psa_kernels.progressive_decode.triton_order import next_window, pick_group
+from sgl_psa_kernels.triton_rank import FIRST_KEY, NO_PAGE, ordered
+from sgl_psa_kernels.triton_tiles import correction, finite, log_add
 
 MARGINAL = tl.constexpr(1)
 COVERAGE = tl.constexpr(2)
 CONSERVATIVE = tl.constexpr(3)
 
+#: Columns of the state int32 [R, 4] between launches: place in the window, its pages, pages in
+#: windows before it, rounds taken; all 0 before the first group.
+CURSOR = tl.constexpr(0)
+COUNT = tl.constexpr(1)
+BEHIND = tl.constexpr(2)
+PASSED = tl.constexpr(3)
+
 
 @triton.jit
 def survey(
     log_mass, mode, seq_lens,
-    forced, forced_count, scored, stale_count, rest, attended,
+    forced, forced_count, scored, stale_count, rest, attended, state,
     M, sink_pages, recent_pages,
     HKV: tl.constexpr, G: tl.constexpr, GT: tl.constexpr, PAGE: tl.constexpr,
     ESTIMATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Forced pages in order, their number, and the log mass [R, G] that the others are estimated
-    to hold. ``attended`` [R, M] becomes 1 for forced pages, 0 for all others. Grid (R,)."""
+    to hold. ``attended`` [R, M] becomes 1 for forced pages, 0 for the row's others. Grid (R,)."""
     r = tl.program_id(0).to(tl.int64)
     n = (tl.load(seq_lens + r // HKV) + PAGE - 1) // PAGE
     sparse = tl.load(mode + r // HKV) != 0
@@ -32,7 +41,7 @@ def survey(
     total = tl.zeros([GT], tl.float32)
     count = n * 0
     stale_pages = n * 0
-    for start in range(0, M, BLOCK):
+    for start in range(0, n, BLOCK):
         page = start + tl.arange(0, BLOCK)
         exists = page < n
         heads = (g < G)[:, None] & (exists & sparse)[None, :]
@@ -52,13 +61,14 @@ def survey(
         top = new
         place = count + tl.cumsum(chosen, 0) - 1
         tl.store(forced + r * M + place, page, mask=chosen > 0)
-        tl.store(attended + r * M + page, chosen.to(tl.uint8), mask=page < M)
+        tl.store(attended + r * M + page, chosen.to(tl.uint8), mask=exists)
         count += tl.sum(chosen, 0)
         stale_pages += tl.sum(stale.to(tl.int32), 0)
     tl.store(forced_count + r, count)
     tl.store(scored + r, n - count)
     tl.store(stale_count + r, stale_pages)
     tl.store(rest + r * G + g, finite(top) + tl.log(total), mask=g < G)
+    tl.store(state + r * 4 + tl.arange(0, 4), tl.zeros([4], tl.int32))
 
 
 @triton.jit
@@ -66,141 +76,121 @@ def keys(
     log_mass, mode, seq_lens, attended, lse, rest, total, key, M,
     HKV: tl.constexpr, G: tl.constexpr, GT: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sort keys [R, M]: a page's largest normalised estimate of any head. -inf where there is
-    nothing to choose; pages to choose from have more. Grid (R, blocks of pages)."""
+    """Keys [R, M]: a page's largest normalised estimate of any head, as an ordered integer; NO_PAGE
+    where there is nothing to choose. Grid (R, blocks of pages)."""
     r = tl.program_id(0).to(tl.int64)
     n = (tl.load(seq_lens + r // HKV) + PAGE - 1) // PAGE
-    sparse = tl.load(mode + r // HKV) != 0
-    g = tl.arange(0, GT)
-    whole = log_add(
-        tl.load(lse + r * G + g, mask=g < G, other=0.0),
-        tl.load(rest + r * G + g, mask=g < G, other=0.0),
-    )
-    tl.store(total + r * G + g, whole, mask=g < G)
-    page = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    open_ = (page < n) & sparse
-    open_ = open_ & (tl.load(attended + r * M + page, mask=open_, other=1) == 0)
-    at = log_mass + (r * G + g)[:, None] * M + page[None, :]
-    estimate = tl.load(at, mask=(g < G)[:, None] & open_[None, :], other=float("-inf"))
-    best = tl.max(estimate - whole[:, None], 0)
-    best = tl.where(open_, tl.maximum(best, -3.0e38), float("-inf"))
-    tl.store(key + r * M + page, best, mask=page < M)
+    first = tl.program_id(1) * BLOCK
+    if (first < n) | (first == 0):
+        sparse = tl.load(mode + r // HKV) != 0
+        g = tl.arange(0, GT)
+        whole = log_add(
+            tl.load(lse + r * G + g, mask=g < G, other=0.0),
+            tl.load(rest + r * G + g, mask=g < G, other=0.0),
+        )
+        tl.store(total + r * G + g, whole, mask=(g < G) & (first == 0))
+        page = first + tl.arange(0, BLOCK)
+        open_ = (page < n) & sparse
+        open_ = open_ & (tl.load(attended + r * M + page, mask=open_, other=1) == 0)
+        at = log_mass + (r * G + g)[:, None] * M + page[None, :]
+        estimate = tl.load(at, mask=(g < G)[:, None] & open_[None, :], other=float("-inf"))
+        best = ordered(tl.max(estimate - whole[:, None], 0))
+        tl.store(key + r * M + page, tl.where(open_, best, NO_PAGE), mask=page < n)
 
 
 @triton.jit
-def suffix_masses(
-    log_mass, mode, scored, order, suffix, M,
-    HKV: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """suffix [R, G, M]: the estimated log mass of the pages from a place of ``order`` on. Only for
-    rows with a coverage rule. Grid (R, G).
-
-    Every sum is formed from its own terms: no difference of large sums, and no underflow, so that a
-    threshold of 0 attends every page.
-    """
-    r = tl.program_id(0).to(tl.int64)
-    count = tl.load(scored + r)
-    rule = tl.load(mode + r // HKV)
-    count = tl.where((rule == COVERAGE) | (rule == CONSERVATIVE), count, 0)
-    head = r * G + tl.program_id(1)
-    carry = tl.full([1], float("-inf"), tl.float32)
-    for start in range(0, count, BLOCK):
-        at = count - 1 - start - tl.arange(0, BLOCK)
-        page = tl.load(order + r * M + at, mask=at >= 0, other=0)
-        estimate = tl.load(log_mass + head * M + page, mask=at >= 0, other=float("-inf"))
-        sums = log_add(tl.associative_scan(estimate, 0, log_add), carry)
-        tl.store(suffix + head * M + at, sums, mask=at >= 0)
-        everything = log_sum(estimate[None, :])
-        carry = log_add(carry, everything)
+def lower_bound(kappa_floor, kappa_start, b, heads, real, STARTED: tl.constexpr):
+    """Least correction [GT] of the heads."""
+    lowest = tl.where(real, tl.load(kappa_floor + b), 0.0)
+    if STARTED:
+        lowest = tl.maximum(lowest, tl.load(kappa_start + heads, mask=real, other=0.0))
+    return lowest
 
 
 @triton.jit
-def first_group(
-    log_mass, mode, threshold, kappa_floor, kappa_std, first_pages, order, key, suffix,
-    lse, total, moments, forced_count, scored,
-    group, group_count, group_end, attended,
-    M, group_pages,
-    HKV: tl.constexpr, G: tl.constexpr, GT: tl.constexpr, BLOCK: tl.constexpr,
+def kappa_now(
+    rule, passed, latest, seen, deviations, lowest, heads, real, G: tl.constexpr,
+    STARTED: tl.constexpr,
 ):  # fmt: skip
-    """The first group, as large as predicted: its pages in order, their number (0: the rule stops
-    at once), and the place in ``order`` behind the last page looked at. Grid (R,)."""
+    """The correction [GT] in force after ``passed`` rounds, from the moments [R, 3, G]."""
+    kappa = tl.zeros_like(lowest)
+    if STARTED:
+        if rule == COVERAGE:
+            kappa = lowest
+    if (rule == CONSERVATIVE) | ((rule == COVERAGE) & (passed > 0)):
+        known = seen
+        if rule == COVERAGE:
+            known = latest
+        at = known + heads // G * 3 * G + heads % G
+        kappa = correction(
+            tl.load(at, mask=real, other=0.0),
+            tl.load(at + G, mask=real, other=0.0),
+            tl.load(at + 2 * G, mask=real, other=0.0),
+            deviations,
+            lowest,
+        )
+    return tl.where(real, kappa, 0.0)
+
+
+@triton.jit
+def next_group(
+    log_mass, mode, seq_lens, threshold, kappa_floor, kappa_std, kappa_start, first_pages,
+    key, found, order, suffix, lse, total, latest, seen, forced_count, scored, state,
+    group, group_count, attended, M, group_pages,
+    FIRST: tl.constexpr, PREDICTED: tl.constexpr, STARTED: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GT: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The next group, to be attended by chunks: its pages and their number, 0 where the rule has
+    stopped. ``FIRST``: as large as predicted. Grid (R,)."""
     r = tl.program_id(0).to(tl.int64)
-    rule = tl.load(mode + r // HKV)
-    limit = tl.load(threshold + r // HKV)
+    b = r // HKV
+    rule = tl.load(mode + b)
+    n = (tl.load(seq_lens + b) + PAGE - 1) // PAGE
     left = tl.load(scored + r)
-    predicted = tl.load(first_pages + r).to(tl.int64) - tl.load(forced_count + r)
-    size = tl.maximum(predicted, group_pages)
     g = tl.arange(0, GT)
     real = g < G
-    mass = tl.load(lse + r * G + g, mask=real, other=0.0)
-    bar = tl.where(real, mass + limit, float("inf"))
-    whole = tl.load(total + r * G + g, mask=real, other=0.0)
+    heads = r * G + g
+    size = n * 0 + group_pages
+    cursor = tl.load(state + r * 4 + CURSOR)
+    count = tl.load(state + r * 4 + COUNT)
+    behind = tl.load(state + r * 4 + BEHIND)
+    passed = tl.load(state + r * 4 + PASSED)
+    if FIRST:
+        if PREDICTED:
+            forced = tl.load(forced_count + r)
+            # The prediction may be any integer.
+            size = tl.maximum(size, tl.maximum(tl.load(first_pages + r), forced) - forced)
+        if left > 0:
+            count = next_window(
+                log_mass, key, found, order, suffix, r, g, M, n, left,
+                FIRST_KEY, -1, rule, G, GT, WINDOW, BLOCK,
+            )  # fmt: skip
+    else:
+        # A group without pages is the last.
+        left = tl.where(tl.load(group_count + r) > 0, left, 0)
+    mass = tl.load(lse + heads, mask=real, other=0.0)
+    whole = tl.load(total + heads, mask=real, other=0.0)
     gap = tl.max(tl.where(real, whole - mass, 0.0), 0)
-    if ((rule == COVERAGE) | (rule == CONSERVATIVE)) & (left > 0):
-        kappa = tl.zeros([GT], tl.float32)
-        if rule == CONSERVATIVE:
-            known = moments + r * 3 * G + g
-            kappa = correction(
-                tl.load(known, mask=real, other=0.0),
-                tl.load(known + G, mask=real, other=0.0),
-                tl.load(known + 2 * G, mask=real, other=0.0),
-                tl.load(kappa_std + r // HKV),
-                tl.load(kappa_floor + r // HKV),
-            )
-        if uncovered(suffix, r, g, G, M, 0, kappa, mass + limit) == 0:
-            left = left * 0
-    taken = left * 0
-    cursor = left * 0
-    going = left > 0
-    while going:
-        at = cursor + tl.arange(0, BLOCK)
-        inside = at < left
-        page = tl.load(order + r * M + at, mask=inside, other=0)
-        wanted = inside
-        if rule == MARGINAL:
-            estimate = tl.load(
-                log_mass + (r * G + g)[:, None] * M + page[None, :],
-                mask=real[:, None] & inside[None, :],
-                other=float("-inf"),
-            )
-            wanted = tl.max((estimate > bar[:, None]).to(tl.int32), 0) > 0
-        rank = taken + tl.cumsum(wanted.to(tl.int32), 0)
-        take = wanted & (rank <= size)
-        tl.store(group + r * M + rank - 1, page, mask=take)
-        tl.store(attended + r * M + page, tl.full([BLOCK], 1, tl.uint8), mask=take)
-        last = tl.max(tl.where(take, at, -1), 0)
-        taken += tl.sum(take.to(tl.int32), 0)
-        full = taken >= size
-        cursor = tl.where(full, last + 1, tl.minimum(cursor + BLOCK, left))
-        going = (cursor < left) & (full == 0)
-        if rule == MARGINAL:
-            going = going & worth_looking(key + r * M, cursor, left, gap, limit)
+    lowest = lower_bound(kappa_floor, kappa_start, b, heads, real, STARTED)
+    kappa = kappa_now(
+        rule, passed, latest, seen, tl.load(kappa_std + b), lowest, heads, real, G, STARTED
+    )
+    taken, cursor, count, behind = pick_group(
+        log_mass, key, found, order, suffix, group, attended,
+        r, g, M, n, left, rule, tl.load(threshold + b), mass, gap, kappa, size,
+        cursor, count, behind, G, GT, WINDOW, STEP, BLOCK,
+    )  # fmt: skip
     tl.store(group_count + r, taken)
-    tl.store(group_end + r, cursor)
-
-
-@triton.jit
-def worth_looking(key, cursor, left, gap, limit):
-    """Whether a page from place ``cursor`` on can hold more than the bar of the marginal rule.
-
-    A page's estimate over the mass attended is no more than its key plus ``gap``, the largest log
-    of (all mass over mass attended) of any head. The margin covers rounding.
-    """
-    bound = tl.load(key + cursor, mask=cursor < left, other=float("-inf")) + gap
-    return bound + 1e-3 + 1e-5 * tl.abs(gap) > limit
-
-
-@triton.jit
-def uncovered(suffix, r, g, G: tl.constexpr, M, cursor, kappa, bar):
-    """In how many heads the estimated rest from place ``cursor`` on is above the bar."""
-    at = suffix + (r * G + g) * M + cursor
-    rest = tl.load(at, mask=g < G, other=float("-inf"))
-    return tl.sum(((rest + kappa > bar) & (g < G)).to(tl.int32), 0)
+    tl.store(state + r * 4 + CURSOR, cursor)
+    tl.store(state + r * 4 + COUNT, count)
+    tl.store(state + r * 4 + BEHIND, behind)
+    tl.store(state + r * 4 + PASSED, passed + (taken > 0).to(tl.int32))
 
 
 @triton.jit
 def statistics(
-    log_mass, mode, seq_lens, attended, lse, kappa, scored, stale_count, rounds, stats, M,
+    log_mass, mode, seq_lens, attended, lse, kappa, scored, stale_count, state, stats, M,
     HKV: tl.constexpr, G: tl.constexpr, GT: tl.constexpr, PAGE: tl.constexpr,
     ESTIMATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -237,6 +227,6 @@ def statistics(
     tl.store(at, pages.to(tl.float32))
     tl.store(at + 1, tokens.to(tl.float32))
     tl.store(at + 2, tl.load(scored + r).to(tl.float32))
-    tl.store(at + 3, tl.load(rounds + r).to(tl.float32))
+    tl.store(at + 3, tl.load(state + r * 4 + PASSED).to(tl.float32))
     tl.store(at + 4, coverage * live)
     tl.store(at + 5, tl.load(stale_count + r).to(tl.float32))

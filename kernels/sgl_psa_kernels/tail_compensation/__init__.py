@@ -14,11 +14,12 @@ import torch
 
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
-from sgl_psa_kernels.tail_compensation import reference, torch_batched
+from sgl_psa_kernels.tail_compensation import reference, torch_batched, triton_backend
 
 _IMPLEMENTATIONS = {
     "reference": reference.compensate,
     "torch": torch_batched.compensate,
+    "triton": triton_backend.compensate,
 }
 
 
@@ -53,13 +54,14 @@ def compensate(
         seq_lens: int32 [B]; 0 = padding row.
         active: uint8 [B]; rows with 0 keep ``out``.
         page_size: tokens per page.
-        backend: "reference" or "torch" (any device). There is no C++ kernel.
+        backend: "reference", "torch" (any device) or "triton" (CUDA). There is no C++ kernel.
 
     Returns:
         [B, Hq, D] in the dtype of ``out``; ``out`` itself is not changed.
 
     Raises:
         ValueError: unknown backend, bad shapes or dtypes.
+        RuntimeError: backend "triton" without a CUDA device.
     """
     op = "tail_compensation"
     implementation = choose(backend, _IMPLEMENTATIONS, op)
