@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -90,31 +92,43 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.out / "bench_serving.json"
     done: list[Row] = json.loads(path.read_text()) if options.resume and path.exists() else []
     systems = taking_part(options)
-    for threads in options.threads:
-        left = [
-            case
-            for case in chosen(options)
-            if {s.name for s in systems} - {r["system"] for r in done if is_of(r, case, threads)}
-        ]
-        for name in dict.fromkeys(case.model for case in left):
-            mine = [case for case in left if case.model == name]
-            others = [r for r in done if not any(is_of(r, case, threads) for case in mine)]
-            run = Rounds(
-                model(name, options.out),
-                systems,
-                vllm_python=options.vllm_python,
-                threads=threads,
-                new_tokens=options.new_tokens,
-                report=lambda: write_rows(path, [*others, *rows(run)]),  # noqa: B023
-            )
-            run.run(mine)
-            done = [*others, *rows(run)]
-            if run.failed:
-                print(f"!!! missing for {name}: {', '.join(run.failed)}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="bench-serving-cache-") as cache:
+        # What an interrupted run left half compiled would keep vLLM from starting.
+        os.environ["VLLM_CACHE_ROOT"] = cache
+        for threads in options.threads:
+            done = _of_threads(options, systems, threads, done, path)
     write_rows(path, done)
     table = markdown(done)
     (options.out / "bench_serving.md").write_text(table)
     print(f"{table}\n{path}")
+
+
+def _of_threads(
+    options: argparse.Namespace, systems: list[System], threads: int, done: list[Row], path: Path
+) -> list[Row]:
+    """``done`` and the rows of all cases that it lacks."""
+    names = {system.name for system in systems}
+    left = [
+        case
+        for case in chosen(options)
+        if names - {row["system"] for row in done if is_of(row, case, threads)}
+    ]
+    for name in dict.fromkeys(case.model for case in left):
+        mine = [case for case in left if case.model == name]
+        kept = [row for row in done if not any(is_of(row, case, threads) for case in mine)]
+        run = Rounds(
+            model(name, options.out),
+            systems,
+            vllm_python=options.vllm_python,
+            threads=threads,
+            new_tokens=options.new_tokens,
+            report=lambda run, kept=kept: write_rows(path, [*kept, *rows(run)]),
+        )
+        run.run(mine)
+        done = [*kept, *rows(run)]
+        if run.failed:
+            print(f"!!! missing for {name}: {', '.join(run.failed)}", flush=True)
+    return done
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -50,7 +51,7 @@ class Rounds:
         vllm_python: str | None,
         threads: int,
         new_tokens: int,
-        report: Callable[[], None],
+        report: Callable[[Rounds], None],
     ) -> None:
         self.model, self.systems = model, systems
         self.vllm_python, self.threads, self.new_tokens = vllm_python, threads, new_tokens
@@ -65,7 +66,10 @@ class Rounds:
         shared = together(self.model, cases, len(self.systems))
         if shared:
             with contextlib.ExitStack() as stack:
-                engines = [e for s in self.systems if (e := self._start(s, shared, stack))]
+                # Starting is work of one thread each.
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    started = pool.map(lambda s: self._start(s, shared, stack), self.systems)
+                    engines = [engine for engine in started if engine]
                 for turn in range(max(case.rounds for case in shared)):
                     for case in (case for case in shared if turn < case.rounds):
                         for engine in engines:
@@ -117,7 +121,7 @@ class Rounds:
             f"{engine.system.name:20} prefill {found['prefill_s']:8.2f} s, step {steps:8.2f} ms",
             flush=True,
         )
-        self._report()
+        self._report(self)
 
     def _fail(self, system: System, error: Exception) -> None:
         self.failed[system.name] = str(error)
@@ -147,8 +151,3 @@ def rows(run: Rounds) -> list[dict[str, Any]]:
             }
         )
     return made
-
-
-def write_log(path: Path, failed: dict[str, str]) -> None:
-    """Why systems are missing, beside the rows."""
-    path.write_text("".join(f"{name}: {why}\n" for name, why in failed.items()))
