@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -94,6 +95,7 @@ class Rounds:
             "kv_bytes": tokens * self.model.kv_bytes,
         }
         python = python_of(system, self.vllm_python)
+        begin = time.perf_counter()
         try:
             engine = Engine(system, settings, python=python, threads=self.threads)
             stack.enter_context(engine)
@@ -103,6 +105,8 @@ class Rounds:
         except EngineError as error:
             return self._fail(system, error)
         self.versions[system.name] = engine.version
+        seconds = time.perf_counter() - begin
+        print(f"  {system.name} {engine.version} is up after {seconds:.0f} s", flush=True)
         return engine
 
     def _sample(self, engine: Engine, case: Case, turn: int) -> None:
