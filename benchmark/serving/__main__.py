@@ -1,6 +1,6 @@
 """Decode and prefill of whole engines on CPU, side by side in one run.
 
-    python -m benchmark.serving [--quick] [--vllm-python PYTHON]
+    python -m benchmark.serving [--quick | --full] [--vllm-python PYTHON]
 
 Systems: SGLang's ``torch_native`` backend, ours dense and as PSA by default, vLLM's CPU build (in
 an environment of its own: ``make vllm-env``). Models: the embedded one, and a Llama of random
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.common import integers, write_rows
-from benchmark.serving.cases import DEFAULT, QUICK, Case, model
+from benchmark.serving.cases import DEFAULT, FULL, QUICK, Case, model
 from benchmark.serving.rounds import Rounds, rows
 from benchmark.serving.systems import SYSTEMS, System, vllm_missing
 
@@ -42,6 +42,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--quick", action="store_true", help="embedded model, short contexts")
+    parser.add_argument(
+        "--full", action="store_true", help="also 8k x 4 and 32k of the random model: many hours"
+    )
     return parser.parse_args(arguments)
 
 
@@ -49,7 +52,7 @@ def chosen(options: argparse.Namespace) -> list[Case]:
     """The cases that the options leave."""
     return [
         case
-        for case in (QUICK if options.quick else DEFAULT)
+        for case in (QUICK if options.quick else FULL if options.full else DEFAULT)
         if (not options.models or case.model in options.models)
         and (not options.contexts or case.context in options.contexts)
         and (not options.batches or case.batch in options.batches)
