@@ -2,8 +2,10 @@
 # make test    set everything up, then pass the tests (and the linters)
 # make bench-ops   time of every op against torch and the machine's bandwidth: out/bench_ops.json,
 #              out/bench_ops.md, out/bench_ops.png; some 10 minutes; QUICK=1: under a minute
-# make bench-serving   whole engines, side by side: out/bench_serving.json; VLLM_PYTHON=FILE: the
-#              Python of an environment with vLLM's CPU build; hours, see QUICK=1: a few minutes
+# make bench-serving   whole engines, side by side: out/bench_serving.json, about 40 minutes;
+#              VLLM_PYTHON=FILE: the Python of an environment with vLLM's CPU build (.venv-vllm);
+#              QUICK=1: a few minutes; FULL=1: 32k tokens of a larger model too, many hours;
+#              RESUME=1: keeps the finished cases of an earlier run
 # make vllm-env   an environment for vLLM's CPU build, in .venv-vllm
 # make audit   requested against achieved coverage, to out/audit.json (QUICK=1: under a minute)
 # make calibrate MODEL=DIR   the prior of the budget prediction, to out/budget_prior.json
@@ -65,7 +67,8 @@ bench-ops: $(READY)
 
 bench-serving: $(READY)
 	$(BIN)/python -m benchmark.serving --out out $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) \
-		$(if $(filter-out 0,$(RESUME)),--resume) $(if $(filter-out 0,$(QUICK)),--quick)
+		$(if $(filter-out 0,$(RESUME)),--resume) \
+		$(if $(filter-out 0,$(QUICK)),--quick,$(if $(filter-out 0,$(FULL)),--full))
 
 vllm-env: $(READY)
 	$(BIN)/uv venv --allow-existing --python $(PYTHON) $(VLLM_VENV)

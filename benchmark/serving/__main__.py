@@ -1,6 +1,6 @@
 """Decode and prefill of whole engines on CPU, side by side in one run.
 
-    python -m benchmark.serving [--quick] [--vllm-python PYTHON]
+    python -m benchmark.serving [--quick | --full] [--vllm-python PYTHON]
 
 Systems: SGLang's ``torch_native`` backend, ours dense and as PSA by default, vLLM's CPU build (in
 an environment of its own: ``make vllm-env``). Models: the embedded one, and a Llama of random
@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmark.common import integers, write_rows
-from benchmark.serving.cases import DEFAULT, QUICK, Case, model
+from benchmark.serving.cases import DEFAULT, FULL, QUICK, Case, model
 from benchmark.serving.rounds import Rounds, rows
 from benchmark.serving.systems import SYSTEMS, System, vllm_missing
 
@@ -40,6 +42,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--quick", action="store_true", help="embedded model, short contexts")
+    parser.add_argument(
+        "--full", action="store_true", help="also 8k x 4 and 32k of the random model: many hours"
+    )
     return parser.parse_args(arguments)
 
 
@@ -47,7 +52,7 @@ def chosen(options: argparse.Namespace) -> list[Case]:
     """The cases that the options leave."""
     return [
         case
-        for case in (QUICK if options.quick else DEFAULT)
+        for case in (QUICK if options.quick else FULL if options.full else DEFAULT)
         if (not options.models or case.model in options.models)
         and (not options.contexts or case.context in options.contexts)
         and (not options.batches or case.batch in options.batches)
@@ -90,31 +95,43 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.out / "bench_serving.json"
     done: list[Row] = json.loads(path.read_text()) if options.resume and path.exists() else []
     systems = taking_part(options)
-    for threads in options.threads:
-        left = [
-            case
-            for case in chosen(options)
-            if {s.name for s in systems} - {r["system"] for r in done if is_of(r, case, threads)}
-        ]
-        for name in dict.fromkeys(case.model for case in left):
-            mine = [case for case in left if case.model == name]
-            others = [r for r in done if not any(is_of(r, case, threads) for case in mine)]
-            run = Rounds(
-                model(name, options.out),
-                systems,
-                vllm_python=options.vllm_python,
-                threads=threads,
-                new_tokens=options.new_tokens,
-                report=lambda: write_rows(path, [*others, *rows(run)]),  # noqa: B023
-            )
-            run.run(mine)
-            done = [*others, *rows(run)]
-            if run.failed:
-                print(f"!!! missing for {name}: {', '.join(run.failed)}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="bench-serving-cache-") as cache:
+        # What an interrupted run left half compiled would keep vLLM from starting.
+        os.environ["VLLM_CACHE_ROOT"] = cache
+        for threads in options.threads:
+            done = _of_threads(options, systems, threads, done, path)
     write_rows(path, done)
     table = markdown(done)
     (options.out / "bench_serving.md").write_text(table)
     print(f"{table}\n{path}")
+
+
+def _of_threads(
+    options: argparse.Namespace, systems: list[System], threads: int, done: list[Row], path: Path
+) -> list[Row]:
+    """``done`` and the rows of all cases that it lacks."""
+    names = {system.name for system in systems}
+    left = [
+        case
+        for case in chosen(options)
+        if names - {row["system"] for row in done if is_of(row, case, threads)}
+    ]
+    for name in dict.fromkeys(case.model for case in left):
+        mine = [case for case in left if case.model == name]
+        kept = [row for row in done if not any(is_of(row, case, threads) for case in mine)]
+        run = Rounds(
+            model(name, options.out),
+            systems,
+            vllm_python=options.vllm_python,
+            threads=threads,
+            new_tokens=options.new_tokens,
+            report=lambda run, kept=kept: write_rows(path, [*kept, *rows(run)]),
+        )
+        run.run(mine)
+        done = [*kept, *rows(run)]
+        if run.failed:
+            print(f"!!! missing for {name}: {', '.join(run.failed)}", flush=True)
+    return done
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
+import time
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -50,7 +52,7 @@ class Rounds:
         vllm_python: str | None,
         threads: int,
         new_tokens: int,
-        report: Callable[[], None],
+        report: Callable[[Rounds], None],
     ) -> None:
         self.model, self.systems = model, systems
         self.vllm_python, self.threads, self.new_tokens = vllm_python, threads, new_tokens
@@ -65,7 +67,10 @@ class Rounds:
         shared = together(self.model, cases, len(self.systems))
         if shared:
             with contextlib.ExitStack() as stack:
-                engines = [e for s in self.systems if (e := self._start(s, shared, stack))]
+                # Starting is work of one thread each.
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    started = pool.map(lambda s: self._start(s, shared, stack), self.systems)
+                    engines = [engine for engine in started if engine]
                 for turn in range(max(case.rounds for case in shared)):
                     for case in (case for case in shared if turn < case.rounds):
                         for engine in engines:
@@ -90,6 +95,7 @@ class Rounds:
             "kv_bytes": tokens * self.model.kv_bytes,
         }
         python = python_of(system, self.vllm_python)
+        begin = time.perf_counter()
         try:
             engine = Engine(system, settings, python=python, threads=self.threads)
             stack.enter_context(engine)
@@ -99,6 +105,8 @@ class Rounds:
         except EngineError as error:
             return self._fail(system, error)
         self.versions[system.name] = engine.version
+        seconds = time.perf_counter() - begin
+        print(f"  {system.name} {engine.version} is up after {seconds:.0f} s", flush=True)
         return engine
 
     def _sample(self, engine: Engine, case: Case, turn: int) -> None:
@@ -117,7 +125,7 @@ class Rounds:
             f"{engine.system.name:20} prefill {found['prefill_s']:8.2f} s, step {steps:8.2f} ms",
             flush=True,
         )
-        self._report()
+        self._report(self)
 
     def _fail(self, system: System, error: Exception) -> None:
         self.failed[system.name] = str(error)
@@ -147,8 +155,3 @@ def rows(run: Rounds) -> list[dict[str, Any]]:
             }
         )
     return made
-
-
-def write_log(path: Path, failed: dict[str, str]) -> None:
-    """Why systems are missing, beside the rows."""
-    path.write_text("".join(f"{name}: {why}\n" for name, why in failed.items()))
