@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from sgl_psa_kernels.progressive_decode import progressive_decode
+from sgl_psa_kernels.progressive_decode.prepared import PreparedDecode
 
 from sgl_psa.audit import Auditor
 from sgl_psa.budget import BudgetPrior
@@ -17,7 +18,7 @@ from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers import Scorer
 from sgl_psa.scorers.base import PageBatch
 from sgl_psa.selector import Selection, Selector
-from sgl_psa.stats import ROUNDS, ByteCost, PSAStats, StepStats, step_stats
+from sgl_psa.stats import NUM_COLUMNS, ROUNDS, ByteCost, PSAStats, StepStats, step_stats
 
 
 class DecodePlan(NamedTuple):
@@ -91,8 +92,9 @@ class PSADecodeWrapper:
         if config.predict:
             self.predictor = self.stats.predictor = Predictor(config, scorer.shape, prior)
         self._plan: DecodePlan | None = None
-        self._columns: dict[int, torch.Tensor] = {}
-        self._scorer_bytes: dict[int, torch.Tensor] = {}
+        self._prepared: PreparedDecode | None = None
+        self._columns: torch.Tensor | None = None
+        self._ran: set[int] = set()
         self._value_bytes: dict[int, torch.Tensor] = {}
         self._selector = Selector(config, scorer.shape)
 
@@ -137,6 +139,8 @@ class PSADecodeWrapper:
                 req_to_token.shape[0], req_pool_indices, seq_lens, rows, coverage_rows
             )
         self._plan = DecodePlan(batch, rows, sparse_rows, scored_rows, weighted_rows, selections)
+        shape = (self.stats.num_layers, len(seq_lens), self.scorer.shape.num_kv_heads, NUM_COLUMNS)
+        self._columns = torch.zeros(shape, device=seq_lens.device)
         return self._plan
 
     def run(
@@ -162,9 +166,9 @@ class PSADecodeWrapper:
         Raises:
             RuntimeError: ``plan`` was not called for this step.
         """
-        if self._plan is None:
+        if self._plan is None or self._columns is None:
             raise RuntimeError("PSADecodeWrapper.run() needs plan() first")
-        plan, batch, rows = self._plan, self._plan.batch, self._plan.rows
+        plan, batch = self._plan, self._plan.batch
         log_mass = estimates = self._score(layer, q, plan, sm_scale)
         attended = None
         if log_mass is not None and self.values.take_part(plan):
@@ -179,7 +183,57 @@ class PSADecodeWrapper:
         if self.predictor is not None and log_mass is not None:
             first_pages = self.predictor.first_pages(layer)
             kappa_start, residuals = self.predictor.correction(layer, q.shape[1])
-        out, lse, columns = progressive_decode(
+        out, lse = self._attend(
+            layer, q, k_cache, v_cache, log_mass, sm_scale, first_pages, attended, kappa_start,
+            residuals,
+        )  # fmt: skip
+        self._ran.add(layer)
+        if choices:
+            columns = self._columns[layer]
+            self._selector.account(layer, choices, columns, q, k_cache, lse, batch, sm_scale)
+        if attended is not None and estimates is not None:
+            out, self._value_bytes[layer] = self.values.complete(
+                layer, out, lse, estimates, attended, self._columns[layer], plan
+            )
+        if self.audit is not None:
+            columns = self._columns[layer]
+            self.audit.observe(layer, q, k_cache, v_cache, out, lse, columns, plan, sm_scale)
+        return out, lse
+
+    def _attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        log_mass: torch.Tensor | None,
+        sm_scale: float,
+        first_pages: torch.Tensor | None,
+        attended: torch.Tensor | None,
+        kappa_start: torch.Tensor | None,
+        residuals: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp of a layer; its statistics go to ``_columns``.
+
+        The first layer of a step checks the arguments. Those after it, if alike, need no checks.
+        """
+        assert self._plan is not None and self._columns is not None
+        if self._prepared is not None and self._prepared.serves(q, k_cache, v_cache):
+            return self._prepared(
+                q,
+                k_cache,
+                v_cache,
+                log_mass,
+                self._columns,
+                layer,
+                sm_scale=sm_scale,
+                first_pages=first_pages,
+                attended=attended,
+                kappa_start=kappa_start,
+                residuals=residuals,
+            )
+        batch, rows, config = self._plan.batch, self._plan.rows, self.config
+        out, lse, self._columns[layer] = progressive_decode(
             q,
             k_cache,
             v_cache,
@@ -192,24 +246,31 @@ class PSADecodeWrapper:
             rows.kappa_std,
             page_size=self.page_size,
             sm_scale=sm_scale,
-            sink_pages=self.config.sink_pages,
-            recent_pages=self.config.recent_pages,
-            group_pages=self.config.group_pages,
+            sink_pages=config.sink_pages,
+            recent_pages=config.recent_pages,
+            group_pages=config.group_pages,
             backend=self.backend,
             first_pages=first_pages,
             attended=attended,
             kappa_start=kappa_start,
             residuals=residuals,
         )
-        if choices:
-            self._selector.account(layer, choices, columns, q, k_cache, lse, batch, sm_scale)
-        if attended is not None and estimates is not None:
-            out, self._value_bytes[layer] = self.values.complete(
-                layer, out, lse, estimates, attended, columns, plan
+        if self.backend == "cpu":
+            self._prepared = PreparedDecode(
+                q,
+                k_cache,
+                v_cache,
+                batch.page_table,
+                batch.seq_lens,
+                rows.mode,
+                rows.threshold,
+                rows.kappa_floor,
+                rows.kappa_std,
+                page_size=self.page_size,
+                sink_pages=config.sink_pages,
+                recent_pages=config.recent_pages,
+                group_pages=config.group_pages,
             )
-        self._columns[layer] = columns
-        if self.audit is not None:
-            self.audit.observe(layer, q, k_cache, v_cache, out, lse, columns, plan, sm_scale)
         return out, lse
 
     def _score(
@@ -219,42 +280,46 @@ class PSADecodeWrapper:
         if not plan.scored_rows:
             shape = (*q.shape[:2], plan.batch.page_table.shape[1])
             return torch.zeros(shape, device=q.device) if plan.sparse_rows else None
-        log_mass = self.scorer.score(layer, q, plan.batch, sm_scale)
-        read = self.scorer.read_bytes(layer)
-        if read is not None:
-            self._scorer_bytes[layer] = read
-        return log_mass
+        return self.scorer.score(layer, q, plan.batch, sm_scale)
 
     def finish(self) -> StepStats | None:
         """Close the planned step: add it to ``stats`` and return it; ``None`` if nothing ran."""
-        plan, columns, read = self._plan, self._columns, self._scorer_bytes
-        values = self._value_bytes
-        self._plan, self._columns, self._scorer_bytes, self._value_bytes = None, {}, {}, {}
-        if plan is None or not columns:
+        plan, columns, ran, values = self._plan, self._columns, self._ran, self._value_bytes
+        self._plan = self._columns = self._prepared = None
+        self._ran, self._value_bytes = set(), {}
+        if plan is None or columns is None or not ran:
             return None
-        blank = torch.zeros_like(next(iter(columns.values())))
-        layers = [columns.get(i, blank) for i in range(self.stats.num_layers)]
-        everything = torch.stack(layers)
         # A step that left layers out says nothing about them.
-        if self.predictor is not None and len(columns) == self.stats.num_layers:
-            self.predictor.learn(everything[..., ROUNDS])
-        # Every page of a scored row has its summary read, those that are forced too.
-        scored = plan.batch.pages_scored(self.page_size)
-        of_rows = (scored * self.cost.scored_page)[:, None].expand(blank.shape[:2])
+        if self.predictor is not None and len(ran) == self.stats.num_layers:
+            self.predictor.learn(columns[..., ROUNDS])
         step = step_stats(
-            everything,
+            columns,
             plan.batch.seq_lens,
             plan.sparse_rows,
             self.page_size,
             self.cost,
-            torch.stack(
-                [read.get(i, of_rows) + values.get(i, 0.0) for i in range(self.stats.num_layers)]
-            ),
+            self._summary_bytes(plan, columns, values),
             plan.rows.stops & (plan.rows.mode != 0),
         )
         self.stats.add(step)
         return step
 
+    def _summary_bytes(
+        self, plan: DecodePlan, columns: torch.Tensor, values: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """Bytes read of what is kept of the pages in a step, float32 [L, B, Hkv]."""
+        read = self.scorer.read_bytes(slice(None)) if plan.scored_rows else None
+        if read is None:
+            # Every page of a scored row has its summary read, those that are forced too.
+            scored = plan.batch.pages_scored(self.page_size) * self.cost.scored_page
+            read = scored.float()[:, None].expand(columns.shape[:3])
+        if values:
+            blank = torch.zeros_like(read[0])
+            read = read + torch.stack([values.get(i, blank) for i in range(len(columns))])
+        return read
+
     def columns(self, layer: int) -> torch.Tensor:
         """What ``run`` read in ``layer`` of the open step, float32 [B, Hkv, NUM_COLUMNS]."""
+        if self._columns is None:
+            raise RuntimeError("PSADecodeWrapper.columns() needs an open step")
         return self._columns[layer]
