@@ -177,7 +177,7 @@ class StaticPlanner:
         plan = DecodePlan(
             PageBatch(table, lens, active), self._rules.put(rows, size), size, size, weighted, ()
         )
-        record = StepRecord() if capture else self._records[size]
+        record = wrapper.new_record(size) if capture else self._records[size]
         record.ran = not capture
         self._records[size] = record
         wrapper.adopt(plan._replace(sparse_rows=sparse.sum()), record)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from sgl_psa_kernels.progressive_decode import progressive_decode
+from sgl_psa_kernels.progressive_decode.prepared import PreparedDecode
 
 from sgl_psa.audit import Auditor
 from sgl_psa.budget import BudgetPrior
@@ -16,9 +17,9 @@ from sgl_psa.prediction import Predictor
 from sgl_psa.row import COVERAGE
 from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers import Scorer
-from sgl_psa.scorers.base import PageBatch
+from sgl_psa.scorers.base import PageBatch, ScoredStep
 from sgl_psa.selector import Selection, Selector
-from sgl_psa.stats import ROUNDS, ByteCost, PSAStats, StepStats, step_stats
+from sgl_psa.stats import NUM_COLUMNS, ROUNDS, ByteCost, PSAStats, StepStats, step_stats
 
 
 class DecodePlan(NamedTuple):
@@ -41,17 +42,19 @@ class DecodePlan(NamedTuple):
 
 @dataclass
 class StepRecord:
-    """What ``run`` left behind, by layer.
+    """What the layers of a step left behind.
 
     Attributes:
-        columns: the kernels' statistics, float32 [B, Hkv, NUM_COLUMNS].
-        scorer_bytes, value_bytes: bytes read to score, and of value means and norms, float32
-            [B, Hkv]; only of layers that tell.
+        columns: the kernels' statistics, float32 [L, B, Hkv, NUM_COLUMNS]; 0 where nothing ran.
+        layers: those that ran.
+        scored: the scorer's step, from which it tells what it read; ``None`` if nothing was scored.
+        value_bytes: bytes read of value means and norms, float32 [B, Hkv]; of layers that tell.
         ran: whether the step ran, and was not merely captured.
     """
 
-    columns: dict[int, torch.Tensor] = field(default_factory=dict)
-    scorer_bytes: dict[int, torch.Tensor] = field(default_factory=dict)
+    columns: torch.Tensor
+    layers: set[int] = field(default_factory=set)
+    scored: ScoredStep | None = None
     value_bytes: dict[int, torch.Tensor] = field(default_factory=dict)
     ran: bool = True
 
@@ -109,7 +112,8 @@ class PSADecodeWrapper:
         if config.predict:
             self.predictor = self.stats.predictor = Predictor(config, scorer.shape, prior)
         self._plan: DecodePlan | None = None
-        self._record = StepRecord()
+        self._record: StepRecord | None = None
+        self._prepared: PreparedDecode | None = None
         self._selector = Selector(config, scorer.shape)
 
     def plan(
@@ -153,7 +157,14 @@ class PSADecodeWrapper:
                 req_to_token.shape[0], req_pool_indices, seq_lens, rows, coverage_rows
             )
         self._plan = DecodePlan(batch, rows, sparse_rows, scored_rows, weighted_rows, selections)
+        self._record = self.new_record(len(seq_lens))
         return self._plan
+
+    def new_record(self, rows: int) -> StepRecord:
+        """An empty record of a step of a batch of ``rows``."""
+        cache = self.scorer.shape
+        shape = (cache.num_layers, rows, cache.num_kv_heads, NUM_COLUMNS)
+        return StepRecord(torch.zeros(shape, device=cache.device))
 
     def adopt(self, plan: DecodePlan, record: StepRecord) -> None:
         """Open a step that was planned elsewhere, whose ``run`` writes, or has written, to
@@ -183,10 +194,10 @@ class PSADecodeWrapper:
         Raises:
             RuntimeError: ``plan`` was not called for this step.
         """
-        if self._plan is None:
+        if self._plan is None or self._record is None:
             raise RuntimeError("PSADecodeWrapper.run() needs plan() first")
-        plan, batch, rows = self._plan, self._plan.batch, self._plan.rows
-        log_mass = estimates = self._score(layer, q, plan, sm_scale)
+        plan, batch, record = self._plan, self._plan.batch, self._record
+        log_mass = estimates = self._score(layer, q, plan, record, sm_scale)
         attended = None
         if log_mass is not None and self.values.take_part(plan):
             shape = (len(q), k_cache.shape[1], batch.page_table.shape[1])
@@ -200,7 +211,57 @@ class PSADecodeWrapper:
         if self.predictor is not None and log_mass is not None:
             first_pages = self.predictor.first_pages(layer)
             kappa_start, residuals = self.predictor.correction(layer, q.shape[1])
-        out, lse, columns = progressive_decode(
+        out, lse = self._attend(
+            layer, q, k_cache, v_cache, log_mass, sm_scale, first_pages, attended, kappa_start,
+            residuals,
+        )  # fmt: skip
+        record.layers.add(layer)
+        columns = record.columns[layer]
+        if choices:
+            self._selector.account(layer, choices, columns, q, k_cache, lse, batch, sm_scale)
+        if attended is not None and estimates is not None:
+            out, record.value_bytes[layer] = self.values.complete(
+                layer, out, lse, estimates, attended, columns, plan
+            )
+        if self.audit is not None:
+            self.audit.observe(layer, q, k_cache, v_cache, out, lse, columns, plan, sm_scale)
+        return out, lse
+
+    def _attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        log_mass: torch.Tensor | None,
+        sm_scale: float,
+        first_pages: torch.Tensor | None,
+        attended: torch.Tensor | None,
+        kappa_start: torch.Tensor | None,
+        residuals: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp of a layer; its statistics go to the step's record.
+
+        The first layer of a step checks the arguments. Those after it, if alike, need no checks.
+        """
+        assert self._plan is not None and self._record is not None
+        columns = self._record.columns
+        if self._prepared is not None and self._prepared.serves(q, k_cache, v_cache):
+            return self._prepared(
+                q,
+                k_cache,
+                v_cache,
+                log_mass,
+                columns,
+                layer,
+                sm_scale=sm_scale,
+                first_pages=first_pages,
+                attended=attended,
+                kappa_start=kappa_start,
+                residuals=residuals,
+            )
+        batch, rows, config = self._plan.batch, self._plan.rows, self.config
+        out, lse, columns[layer] = progressive_decode(
             q,
             k_cache,
             v_cache,
@@ -213,69 +274,82 @@ class PSADecodeWrapper:
             rows.kappa_std,
             page_size=self.page_size,
             sm_scale=sm_scale,
-            sink_pages=self.config.sink_pages,
-            recent_pages=self.config.recent_pages,
-            group_pages=self.config.group_pages,
+            sink_pages=config.sink_pages,
+            recent_pages=config.recent_pages,
+            group_pages=config.group_pages,
             backend=self.backend,
             first_pages=first_pages,
             attended=attended,
             kappa_start=kappa_start,
             residuals=residuals,
         )
-        if choices:
-            self._selector.account(layer, choices, columns, q, k_cache, lse, batch, sm_scale)
-        if attended is not None and estimates is not None:
-            out, self._record.value_bytes[layer] = self.values.complete(
-                layer, out, lse, estimates, attended, columns, plan
+        if self.backend == "cpu":
+            self._prepared = PreparedDecode(
+                q,
+                k_cache,
+                v_cache,
+                batch.page_table,
+                batch.seq_lens,
+                rows.mode,
+                rows.threshold,
+                rows.kappa_floor,
+                rows.kappa_std,
+                page_size=self.page_size,
+                sink_pages=config.sink_pages,
+                recent_pages=config.recent_pages,
+                group_pages=config.group_pages,
             )
-        self._record.columns[layer] = columns
-        if self.audit is not None:
-            self.audit.observe(layer, q, k_cache, v_cache, out, lse, columns, plan, sm_scale)
         return out, lse
 
     def _score(
-        self, layer: int, q: torch.Tensor, plan: DecodePlan, sm_scale: float
+        self, layer: int, q: torch.Tensor, plan: DecodePlan, record: StepRecord, sm_scale: float
     ) -> torch.Tensor | None:
         """Log masses float32 [B, Hq, max_pages]; ``None`` if every row is dense."""
         if not plan.scored_rows:
             shape = (*q.shape[:2], plan.batch.page_table.shape[1])
             return torch.zeros(shape, device=q.device) if plan.sparse_rows else None
         log_mass = self.scorer.score(layer, q, plan.batch, sm_scale)
-        read = self.scorer.read_bytes(layer)
-        if read is not None:
-            self._record.scorer_bytes[layer] = read
+        record.scored = self.scorer.step
         return log_mass
 
     def finish(self) -> StepStats | None:
         """Close the planned step: add it to ``stats`` and return it; ``None`` if nothing ran."""
         plan, record = self._plan, self._record
-        columns, read, values = record.columns, record.scorer_bytes, record.value_bytes
-        self._plan, self._record = None, StepRecord()
-        if plan is None or not columns or not record.ran:
+        self._plan = self._record = self._prepared = None
+        if plan is None or record is None or not record.layers or not record.ran:
             return None
-        blank = torch.zeros_like(next(iter(columns.values())))
-        layers = [columns.get(i, blank) for i in range(self.stats.num_layers)]
-        everything = torch.stack(layers)
         # A step that left layers out says nothing about them.
-        if self.predictor is not None and len(columns) == self.stats.num_layers:
-            self.predictor.learn(everything[..., ROUNDS])
-        # Every page of a scored row has its summary read, those that are forced too.
-        scored = plan.batch.pages_scored(self.page_size)
-        of_rows = (scored * self.cost.scored_page)[:, None].expand(blank.shape[:2])
+        if self.predictor is not None and len(record.layers) == self.stats.num_layers:
+            self.predictor.learn(record.columns[..., ROUNDS])
         step = step_stats(
-            everything,
+            record.columns,
             plan.batch.seq_lens,
             plan.sparse_rows,
             self.page_size,
             self.cost,
-            torch.stack(
-                [read.get(i, of_rows) + values.get(i, 0.0) for i in range(self.stats.num_layers)]
-            ),
+            self._summary_bytes(plan, record),
             plan.rows.stops & (plan.rows.mode != 0),
         )
         self.stats.add(step)
         return step
 
+    def _summary_bytes(self, plan: DecodePlan, record: StepRecord) -> torch.Tensor:
+        """Bytes read of what is kept of the pages in a step, float32 [L, B, Hkv]."""
+        read = None
+        if plan.scored_rows:
+            read = self.scorer.read_bytes(slice(None), record.scored)
+        if read is None:
+            # Every page of a scored row has its summary read, those that are forced too.
+            scored = plan.batch.pages_scored(self.page_size) * self.cost.scored_page
+            read = scored.float()[:, None].expand(record.columns.shape[:3])
+        if record.value_bytes:
+            blank = torch.zeros_like(read[0])
+            layers = range(len(record.columns))
+            read = read + torch.stack([record.value_bytes.get(i, blank) for i in layers])
+        return read
+
     def columns(self, layer: int) -> torch.Tensor:
         """What ``run`` read in ``layer`` of the open step, float32 [B, Hkv, NUM_COLUMNS]."""
+        if self._record is None:
+            raise RuntimeError("PSADecodeWrapper.columns() needs an open step")
         return self._record.columns[layer]

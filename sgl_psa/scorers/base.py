@@ -48,6 +48,17 @@ class PageBatch(NamedTuple):
         return pages * self.active
 
 
+class ScoredStep(NamedTuple):
+    """A batch whose pages were scored in some layers.
+
+    Attributes:
+        chosen: int32 [L, B, Hkv], pages that were read more closely; 0 in layers not scored.
+    """
+
+    batch: PageBatch
+    chosen: torch.Tensor
+
+
 class Scorer(ABC):
     """Estimates, per page and query head, the log mass log sum exp(scale * q.k).
 
@@ -89,10 +100,19 @@ class Scorer(ABC):
     def bytes_per_page(self) -> int:
         """Bytes of state read to score one page of one KV head of this cache, at most."""
 
-    def read_bytes(self, layer: int | slice) -> torch.Tensor | None:
-        """Bytes that scoring the newest batch read in a layer, float32 [B, Hkv], or in each of
-        several layers, [..., B, Hkv], padding and inactive rows 0; ``None``: ``bytes_per_page`` for
-        every page scored."""
+    @property
+    def step(self) -> ScoredStep | None:
+        """The newest batch that was scored, where ``read_bytes`` needs it."""
+        return None
+
+    def read_bytes(self, layer: int | slice, step: ScoredStep | None = None) -> torch.Tensor | None:
+        """Bytes that scoring a batch read in a layer, float32 [B, Hkv], or in each of several
+        layers, [..., B, Hkv], padding and inactive rows 0; ``None``: ``bytes_per_page`` for every
+        page scored.
+
+        Args:
+            step: of the batch, the newest by default.
+        """
         return None
 
     @abstractmethod

@@ -15,7 +15,7 @@ from sgl_psa_kernels import key_sketch
 from sgl_psa_kernels.candidate_pages import PreparedChoice, candidate_pages
 
 from sgl_psa.config import PSAConfig
-from sgl_psa.scorers.base import CacheShape, PageBatch, Scorer
+from sgl_psa.scorers.base import CacheShape, PageBatch, ScoredStep, Scorer
 from sgl_psa.scorers.rotated_sketch import RotatedSketchScorer
 
 _FIRST_BITS = 1
@@ -39,8 +39,7 @@ class TwoLevelScorer(Scorer):
         self.first.watermark = self.second.watermark = self.watermark
         self._write: key_sketch.PreparedWrite | None = None
         self._choice: PreparedChoice | None = None
-        self._batch: PageBatch | None = None
-        self._chosen: torch.Tensor | None = None  # int32 [L, B, Hkv] candidates, of this batch
+        self._step: ScoredStep | None = None
 
     @classmethod
     def build(cls, config: PSAConfig, shape: CacheShape, backend: str) -> TwoLevelScorer:
@@ -71,21 +70,22 @@ class TwoLevelScorer(Scorer):
             self.advance(layer, slots)
 
     def score(self, layer: int, q: torch.Tensor, batch: PageBatch, sm_scale: float) -> torch.Tensor:
-        if batch is not self._batch:
-            self._begin(batch, q.shape[1])
+        step = self._step
+        if step is None or step.batch is not batch:
+            step = self._begin(batch, q.shape[1])
         rotated = self.first.rotate(q)
         log_mass = self.first.score_codes(layer, rotated, batch, sm_scale)
-        flags = self._choose_pages(layer, log_mass, batch)
+        flags = self._choose_pages(layer, log_mass, step)
         return self.second.score_codes(layer, rotated, batch, sm_scale, flags, log_mass)
 
-    def _begin(self, batch: PageBatch, num_qo_heads: int) -> None:
+    def _begin(self, batch: PageBatch, num_qo_heads: int) -> ScoredStep:
         """Take up a decode step."""
         shape = self.shape
         rows, max_pages = batch.page_table.shape
-        self._batch = batch
-        self._chosen = torch.zeros(
+        chosen = torch.zeros(
             shape.num_layers, rows, shape.num_kv_heads, dtype=torch.int32, device=shape.device
         )
+        self._step = ScoredStep(batch, chosen)
         if self.backend == "cpu":
             self._choice = PreparedChoice(
                 (rows, num_qo_heads, max_pages),
@@ -95,13 +95,14 @@ class TwoLevelScorer(Scorer):
                 page_size=shape.page_size,
                 count=self.candidate_pages,
             )
+        return self._step
 
-    def _choose_pages(self, layer: int, log_mass: torch.Tensor, batch: PageBatch) -> torch.Tensor:
-        """Flags of the candidates; their number goes to ``_chosen``."""
-        assert self._chosen is not None
+    def _choose_pages(self, layer: int, log_mass: torch.Tensor, step: ScoredStep) -> torch.Tensor:
+        """Flags of the candidates; their number goes to ``step.chosen``."""
         if self._choice is not None:
-            self._choice(log_mass, self._chosen, layer)
+            self._choice(log_mass, step.chosen, layer)
             return self._choice.flags
+        batch = step.batch
         candidates = candidate_pages(
             log_mass,
             batch.seq_lens,
@@ -111,14 +112,19 @@ class TwoLevelScorer(Scorer):
             count=self.candidate_pages,
             backend=self.backend,
         )
-        self._chosen[layer] = candidates.count
+        step.chosen[layer] = candidates.count
         return candidates.flags
 
-    def read_bytes(self, layer: int | slice) -> torch.Tensor | None:
-        if self._batch is None or self._chosen is None:
+    @property
+    def step(self) -> ScoredStep | None:
+        return self._step
+
+    def read_bytes(self, layer: int | slice, step: ScoredStep | None = None) -> torch.Tensor | None:
+        step = step or self._step
+        if step is None:
             return None
-        first = self._batch.pages_scored(self.shape.page_size) * self.first.bytes_per_page
-        return first.float()[:, None] + self._chosen[layer] * self.second.bytes_per_page
+        first = step.batch.pages_scored(self.shape.page_size) * self.first.bytes_per_page
+        return first.float()[:, None] + step.chosen[layer] * self.second.bytes_per_page
 
     def state_tensors(self) -> list[torch.Tensor]:
         return [*self.first.state_tensors(), *self.second.state_tensors()]

@@ -239,7 +239,7 @@ def test_a_scorer_may_count_its_own_bytes(backend, monkeypatch) -> None:
     run.ask(1, {"psa_policy": "window"})
     run.ask(2, {"psa_policy": "topk"})
     read = torch.tensor([[1000.0, 2000.0], [0.0, 0.0], [1000.0, 2000.0]])
-    monkeypatch.setattr(run.scorer, "read_bytes", lambda layer: read)
+    monkeypatch.setattr(run.scorer, "read_bytes", lambda layer, step: read)
     _, step = run.step(queries(3))
     token = 2 * DIM * 4 * PAGE
     scored = [step.row(r).bytes_read - step.row(r).pages_attended * token for r in range(3)]
