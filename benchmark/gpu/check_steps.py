@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from sglang_psa.decode_graph import LateSteps, LateTable
 
 from benchmark.gpu.close import close
 from benchmark.gpu.pool import make_pool
@@ -57,25 +58,33 @@ def check_steps(device: str, predict: bool) -> float:
     def run(wrapper: PSADecodeWrapper, queries: torch.Tensor) -> torch.Tensor:
         return wrapper.run(0, queries, pool.k, pool.v, pool.scale)[0]
 
-    none = torch.zeros(3, dtype=torch.int64, device=where)
+    new = torch.zeros(3, dtype=torch.int64, device=where)
+
+    def write_and_run() -> torch.Tensor:
+        summaries.on_write(0, new, pool.k, pool.v)
+        return run(static, q)
+
+    none = torch.zeros_like(new)
     planner.plan(tokens, none, none + 1, table.rows(none), capture=True)
-    captured = run(static, q)
+    captured = write_and_run()
     if cuda:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = run(static, q)
-    worst = 0.0
+            captured = write_and_run()
+    worst, late, before = 0.0, LateSteps(), None
     for number, batch in enumerate(BATCHES):
         slots, real = torch.tensor(batch, device=where), sum(slot > 0 for slot in batch)
         lens = torch.tensor([lengths[slot - 1] if slot else 1 for slot in batch], device=where)
+        # The newest token of each request, written anew; padding goes to page 0, which nobody has.
+        new.copy_(tokens[slots, lens - 1] * (slots > 0))
         q.copy_(1.5 * torch.randn(q.shape, generator=torch.Generator().manual_seed(number)))
         padding = len(batch) - real
         planner.plan(tokens, slots, lens, table.rows(slots), num_padding=padding)
         if cuda:
             graph.replay()
         else:
-            captured = run(static, q)
+            captured = write_and_run()
         step = planner.finish()
         eager.plan(tokens, slots[:real], lens[:real], table.rows(slots[:real]))
         want, wanted = run(eager, q[:real]), eager.finish()
@@ -83,4 +92,14 @@ def check_steps(device: str, predict: bool) -> float:
             raise AssertionError("a step has no statistics")
         worst = max(worst, close("out", captured[:real], want, 1e-3, 1e-3))
         close("statistics", step.table[:, :real], wanted.table, 1e-5, 1e-5)
+        rows = torch.tensor(LateTable(step.table.sum(0)).rows, dtype=torch.float64)
+        close("rows fetched late", rows, step.table.sum(0), 0.0, 0.0)
+        known = late.swap(step)
+        if cuda and before is None:
+            assert known is None
+        else:
+            expected = before if cuda else step
+            assert known is not None and expected is not None
+            close("step fetched late", known.table, expected.table, 0.0, 0.0)
+        before = step
     return worst

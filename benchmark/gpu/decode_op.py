@@ -33,6 +33,8 @@ HEADS, KV_HEADS, DIM = 32, 8, 128
 DELTA = 0.1
 HOT_PAGES = 6
 FLUSH_BYTES = 1 << 28
+#: Largest relative error of a dense peer in 16 bits.
+PEER_ERROR = 0.02
 
 
 class Timer:
@@ -109,16 +111,24 @@ def decode(
 
 
 def variants(
-    pool: Pool, sketch: Sketch, timer: Timer, first: torch.Tensor
+    pool: Pool, sketch: Sketch, timer: Timer, first: torch.Tensor, exact: torch.Tensor
 ) -> tuple[dict[str, Step], dict[str, str]]:
-    """Steps by name, and why others are missing. A peer that cannot run hides no other one."""
+    """Steps by name, and why others are missing. A peer that cannot run, or whose output is not
+    that of dense attention, hides no other one."""
 
     def scores(backend: str) -> torch.Tensor:
         return score(pool, sketch, backend)
 
+    def dense_peer(peer: Callable[[Pool], Step]) -> Step:
+        step = peer(pool)
+        error = float((step().float() - exact).norm() / exact.norm())
+        if not error < PEER_ERROR:
+            raise ValueError(f"relative error {error:.2g}")
+        return timer.captured(step)
+
     builders: dict[str, Callable[[], Step]] = {
         **{
-            name: lambda peer=peer: timer.captured(peer(pool))  # type: ignore[misc]
+            name: lambda peer=peer: dense_peer(peer)  # type: ignore[misc]
             for name, peer in PEERS.items()
         },
         "triton dense": lambda: timer.captured(lambda: decode(pool, None, "triton")),
@@ -168,7 +178,7 @@ def measure(
     read = int(columns["tokens_attended"].sum()) * token
     # The prediction of a step that is like the one before.
     first = columns["pages_attended"].to(torch.int32)
-    steps, missing = variants(pool, sketch, timer, first)
+    steps, missing = variants(pool, sketch, timer, first, exact)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

@@ -35,35 +35,56 @@ def keys_behind(key, row, n, start, bound_key, bound_page, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def at_least(key, row, n, least, bound_key, bound_page, BLOCK: tl.constexpr):
-    """How many keys behind the bound are no less than ``least``."""
-    count = n * 0
+def at_least(
+    key, row, n, least, step, bound_key, bound_page, BLOCK: tl.constexpr
+):  # fmt: skip
+    """How many keys behind the bound are no less than ``least``, ``least + step`` and ``least +
+    2 * step``, int64; a threshold behind the largest integer has none."""
+    one = n * 0
+    two = n * 0
+    three = n * 0
+    last = tl.minimum(least + 2 * step, FIRST_KEY)
+    middle = tl.minimum(least + step, FIRST_KEY)
     for start in range(0, n, BLOCK):
         _, x = keys_behind(key, row, n, start, bound_key, bound_page, BLOCK)
-        count += tl.sum((x >= least).to(tl.int32), 0)
-    return count
+        one += tl.sum((x >= least.to(tl.int32)).to(tl.int32), 0)
+        two += tl.sum((x >= middle.to(tl.int32)).to(tl.int32), 0)
+        three += tl.sum((x >= last.to(tl.int32)).to(tl.int32), 0)
+    two = tl.where(least + step > FIRST_KEY, 0, two)
+    three = tl.where(least + 2 * step > FIRST_KEY, 0, three)
+    return one, two, three
 
 
 @triton.jit
 def largest(key, row, n, wanted, there, bound_key, bound_page, BLOCK: tl.constexpr):
     """(least key, how many pages of just that key) of the ``wanted`` largest of the ``there`` keys
-    behind the bound."""
-    low = n * 0 + (NO_PAGE + 1)
-    high = n * 0 + bound_key
+    behind the bound. A pass over the keys leaves a quarter of the integers."""
+    low = (n * 0).to(tl.int64) + (NO_PAGE + 1)
+    high = (n * 0).to(tl.int64) + bound_key
     reach = n * 0 + there
     while (reach != wanted) & (low < high):
-        middle = (low | high) - ((low ^ high) >> 1)
-        count = at_least(key, row, n, middle, bound_key, bound_page, BLOCK)
-        enough = count >= wanted
-        low = tl.where(enough, middle, low)
-        reach = tl.where(enough, count, reach)
-        high = tl.where(enough, high, middle - 1)
+        step = (high - low + 3) // 4
+        one, two, three = at_least(
+            key, row, n, low + step, step, bound_key, bound_page, BLOCK
+        )  # fmt: skip
+        if three >= wanted:
+            low += 3 * step
+            reach = three
+        elif two >= wanted:
+            low += 2 * step
+            high = low + step - 1
+            reach = two
+        elif one >= wanted:
+            low += step
+            high = low + step - 1
+            reach = one
+        else:
+            high = low + step - 1
     equal = n
     if reach != wanted:
-        # What is above fits with room to spare; low + 1 is no overflow, for low <= bound_key.
         above = n * 0
         for start in range(0, n, BLOCK):
             _, x = keys_behind(key, row, n, start, bound_key, bound_page, BLOCK)
-            above += tl.sum((x > low).to(tl.int32), 0)
+            above += tl.sum((x > low.to(tl.int32)).to(tl.int32), 0)
         equal = wanted - above
-    return low, equal
+    return low.to(tl.int32), equal

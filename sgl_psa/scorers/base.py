@@ -142,7 +142,7 @@ class Scorer(ABC):
 
     def advance(self, layer: int, slots: torch.Tensor) -> None:
         """Move the watermarks of the pages that ``slots`` were written to."""
-        wm.advance(self.watermark[layer], slots, self.shape.page_size)
+        wm.advance(self.watermark[layer], slots, self.shape.page_size, self.backend)
 
     def invalidate_slots(self, slots: torch.Tensor) -> None:
         """Forget what is known of the pages of ``slots`` in every layer."""

@@ -60,6 +60,7 @@ def test_decode_on_cuda(stop: str, scorer: str, knobs: dict, backend: str) -> No
     assert step is not None and step.row(2).pages_attended <= step.row(2).pages_total
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -67,22 +68,23 @@ def test_decode_on_cuda(stop: str, scorer: str, knobs: dict, backend: str) -> No
         {"compensate": True},
         {"compensate": True, "stop": "change"},
         {"compensate": True, "policy": "topk", "scorer": "sketch"},
+        {"scorer": "hybrid", "summary_bits": 8},
     ],
     ids=str,
 )
-def test_policies_on_cuda(fields: dict) -> None:
+def test_policies_on_cuda(fields: dict, backend: str) -> None:
     """Three steps of a growing request against the same steps on the CPU, in torch."""
     config = PSAConfig(min_context=0, budget_pages=9, coverage=0.8, **fields)
     cache = make_cache([60 * PAGE + 3], KV_HEADS, DIM, seed=5)
     outputs, pages = {}, {}
     for name in ("cpu", "cuda"):
-        device = torch.device(name)
+        device, kernels = torch.device(name), "torch" if name == "cpu" else backend
         shape = CacheShape(1, cache.num_pages, PAGE, KV_HEADS, DIM, device)
-        summaries = make_summaries(config, shape, "torch")
+        summaries = make_summaries(config, shape, kernels)
         k, v = cache.k.to(device), cache.v.to(device)
         summaries.on_write(0, cache.tokens(0).to(device), k, v)
         wrapper = PSADecodeWrapper(
-            config, summaries.scorer, backend="torch", kv_element_bytes=4, values=summaries.values
+            config, summaries.scorer, backend=kernels, kv_element_bytes=4, values=summaries.values
         )
         table, rows = RuleTable(config, 1, device), torch.arange(1, device=device)
         for step in range(3):
@@ -97,20 +99,19 @@ def test_policies_on_cuda(fields: dict) -> None:
     torch.testing.assert_close(outputs["cuda"].cpu(), outputs["cpu"], rtol=0, atol=1e-4)
 
 
-def test_prediction_on_cuda() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_prediction_on_cuda(backend: str) -> None:
     """Learns, starts anew and inherits on the device."""
     config = PSAConfig(min_context=0, group_pages=2, scorer="exact", predict=True, delta=0.02)
     cache = make_cache([60 * PAGE, 40 * PAGE + 3], KV_HEADS, DIM, seed=3)
     q = torch.randn(2, KV_HEADS * GROUP, DIM, generator=torch.Generator().manual_seed(4))
     device = torch.device("cuda")
     shape = CacheShape(1, cache.num_pages, PAGE, KV_HEADS, DIM, device)
-    scorer = make_scorer(config, shape, resolve_backend("auto", device))
+    scorer = make_scorer(config, shape, backend)
     k, v = cache.k.to(device), cache.v.to(device)
     for row in range(2):
         scorer.on_write(0, cache.tokens(row).to(device), k)
-    wrapper = PSADecodeWrapper(
-        config, scorer, backend=resolve_backend("auto", device), kv_element_bytes=4
-    )
+    wrapper = PSADecodeWrapper(config, scorer, backend=backend, kv_element_bytes=4)
     table, rows = RuleTable(config, 2, device), torch.arange(2, device=device)
     tokens, lens = cache.req_to_token.to(device), cache.seq_lens.to(device)
 

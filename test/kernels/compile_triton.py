@@ -20,6 +20,7 @@ from sgl_psa_kernels import triton_support
 from sgl_psa_kernels.candidate_pages import candidate_pages
 from sgl_psa_kernels.merge_state import merge_state
 from sgl_psa_kernels.tail_compensation import compensate
+from sgl_psa_kernels.watermark import advance
 from test_progressive_decode import RULES, decode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -55,6 +56,7 @@ def main() -> None:
     active = torch.ones(1, dtype=torch.uint8)
     options = {"num_kv_heads": 2, "page_size": 16, "count": 8, "backend": "triton"}
     candidate_pages(log_mass, batch.seq_lens, active, **options)
+    advance(torch.zeros(9, dtype=torch.int32), torch.arange(40), page_size=16, backend="triton")
     compensate(**test_tail_compensation.arguments(batch), backend="triton")
     lse = torch.zeros(8)
     merge_state(torch.zeros(8, 128), lse, torch.zeros(8, 128), lse, backend="triton")

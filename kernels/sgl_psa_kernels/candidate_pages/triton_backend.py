@@ -28,6 +28,6 @@ def choose(
         module.choose[(batch * num_kv_heads,)](
             log_mass, seq_lens, active, key, flags, chosen, pages, min(count, pages),
             HKV=num_kv_heads, G=group, GT=power_of_two(group), PAGE=page_size,
-            BLOCK=min(2048, power_of_two(pages, 16)),
+            BLOCK=max(16, min(8192 // power_of_two(group), power_of_two(pages, 16))), num_warps=8,
         )  # fmt: skip
     return flags, chosen

@@ -7,7 +7,7 @@ results are merged in a fixed order: a row's result depends neither on the batch
 import triton
 import triton.language as tl
 
-from sgl_psa_kernels.progressive_decode.triton_order import next_window, pick_group
+from sgl_psa_kernels.progressive_decode.triton_order import pick_group
 from sgl_psa_kernels.progressive_decode.triton_select import (
     BEHIND,
     CONSERVATIVE,
@@ -18,7 +18,6 @@ from sgl_psa_kernels.progressive_decode.triton_select import (
     kappa_now,
     lower_bound,
 )
-from sgl_psa_kernels.triton_rank import FIRST_KEY
 from sgl_psa_kernels.triton_tiles import (
     absorb,
     add_moments,
@@ -250,12 +249,6 @@ def rounds(
         passed = tl.load(state + r * 4 + PASSED)
         if GROUPED:
             left = tl.where(tl.load(group_count + r) > 0, left, 0)
-        else:
-            if left > 0:
-                count = next_window(
-                    log_mass, key, found, order, suffix, r, g, M, n, left,
-                    FIRST_KEY, -1, rule, G, GT, WINDOW, BLOCK,
-                )  # fmt: skip
         compare = rule >= COVERAGE
         lowest = lower_bound(kappa_floor, kappa_start, b, heads, real, STARTED)
         kappa = kappa_now(

@@ -102,7 +102,9 @@ def progressive_decode(
     wide_rounds = max(wide_rounds, int(first_pages is not None)) if estimates else 0
     heads = {"HKV": num_kv, "G": group}
     small = heads | {"GT": power_of_two(group), "PAGE": page_size}
-    block = min(2048, power_of_two(pages, 16))
+    # Blocks of pages: of tiles with all heads, of keys alone, and of a launch over blocks.
+    block = max(16, min(8192 // power_of_two(group), power_of_two(pages, 16)))
+    lines, part = min(4096, power_of_two(pages, 16)), min(256, power_of_two(pages, 16))
     tokens = min(64, max(16, (64 * 256) // power_of_two(dim * q.element_size())))
     tile = tile_pages(page_size, tokens)
     limits = {"LEAST": max(CHUNK_TOKENS // page_size, 1), "CHUNKS": CHUNKS}
@@ -140,18 +142,19 @@ def progressive_decode(
             log_mass, mode, seq_lens,
             listed, forced_count, scored, stale_count, rest, attended, progress,
             pages, sink_pages, max(recent_pages, 1), **small, ESTIMATES=estimates, BLOCK=block,
+            num_warps=8,
         )  # fmt: skip
         attend_chunks(forced_count, forced=True)
         key = found = order = suffix = None
-        window = {"WINDOW": min(WINDOW, power_of_two(pages, 16)), "BLOCK": block}
+        window = {"WINDOW": min(WINDOW, power_of_two(pages, 16)), "BLOCK": lines}
         window["STEP"] = min(STEP, window["WINDOW"])
         if estimates:
             key = empty(pairs, pages, dtype=torch.int32)
             found, order = empty(2, pairs, 2, window["WINDOW"], dtype=torch.int32).unbind()
             suffix = empty(pairs, group, window["WINDOW"] + 1)
-            select.keys[(pairs, -(-pages // block))](
+            select.keys[(pairs, -(-pages // part))](
                 log_mass, mode, seq_lens, attended, lse, rest, total, key, pages,
-                **small, BLOCK=block,
+                **small, BLOCK=part,
             )  # fmt: skip
         for number in range(wide_rounds):
             select.next_group[(pairs,)](
@@ -170,6 +173,6 @@ def progressive_decode(
         )  # fmt: skip
         select.statistics[(pairs,)](
             log_mass, mode, seq_lens, attended, lse, kappa, scored, stale_count, progress, stats,
-            pages, **small, ESTIMATES=estimates, BLOCK=block,
+            pages, **small, ESTIMATES=estimates, BLOCK=block, num_warps=8,
         )  # fmt: skip
     return out, lse, stats

@@ -12,7 +12,7 @@ from a place of the window on.
 import triton
 import triton.language as tl
 
-from sgl_psa_kernels.triton_rank import NO_PAGE, keys_behind, largest, number
+from sgl_psa_kernels.triton_rank import FIRST_KEY, NO_PAGE, keys_behind, largest, number
 from sgl_psa_kernels.triton_tiles import finite, log_add
 
 COVERAGE = tl.constexpr(2)
@@ -65,13 +65,14 @@ def fill_suffix(
 ):  # fmt: skip
     """The sums of a window, each formed from its own terms: no difference of large sums, and no
     underflow, so that a threshold of 0 attends every page."""
+    SPAN: tl.constexpr = BLOCK if BLOCK * GT <= 4096 else 4096 // GT
     last = order + r * 2 * WINDOW + count - 1
     bound_page = tl.load(last)
     bound_key = tl.load(last + WINDOW)
     top = tl.full([GT], float("-inf"), tl.float32)
     total = tl.zeros([GT], tl.float32)
-    for start in range(0, n, BLOCK):
-        page, x = keys_behind(key, r * M, n, start, bound_key, bound_page, BLOCK)
+    for start in range(0, n, SPAN):
+        page, x = keys_behind(key, r * M, n, start, bound_key, bound_page, SPAN)
         estimate = tl.load(
             log_mass + (r * G + g)[:, None] * M + page[None, :],
             mask=(g < G)[:, None] & (x != NO_PAGE)[None, :],
@@ -141,8 +142,8 @@ def pick_group(
 
     Args:
         lse, kappa: [GT], of what is attended; ``gap``: the largest log of all mass over it.
-        cursor, count, behind: place in the window, its pages, and pages in windows before it. A
-            window is used up only if there is no other.
+        cursor, count, behind: place in the window, its pages, and pages in windows before it; all
+            0 before the first.
 
     Returns:
         Number of pages, and the new cursor, count and behind. A page that is passed over is never
@@ -151,40 +152,43 @@ def pick_group(
     bar = tl.where(g < G, lse + limit, float("inf"))
     taken = n * 0
     going = (behind + cursor < scored) & (size > 0)
-    if going & (rule >= COVERAGE):
-        going = uncovered(suffix, r, g, G, WINDOW, cursor, kappa, bar) > 0
-    if going & (rule < COVERAGE):
-        going = worth_looking(order, r, cursor, count, gap, limit, WINDOW)
     while going:
-        at = cursor + tl.arange(0, STEP)
-        inside = at < count
-        page = tl.load(order + r * 2 * WINDOW + at, mask=inside, other=0)
-        wanted = inside
-        if rule < COVERAGE:
-            estimate = tl.load(
-                log_mass + (r * G + g)[:, None] * M + page[None, :],
-                mask=(g < G)[:, None] & inside[None, :],
-                other=float("-inf"),
-            )
-            wanted = tl.max((estimate > bar[:, None]).to(tl.int32), 0) > 0
-        rank = taken + tl.cumsum(wanted.to(tl.int32), 0)
-        take = wanted & (rank <= size)
-        tl.store(listed + r * M + rank - 1, page, mask=take)
-        tl.store(attended + r * M + page, tl.full([STEP], 1, tl.uint8), mask=take)
-        last = tl.max(tl.where(take, at, -1), 0)
-        taken += tl.sum(take.to(tl.int32), 0)
-        full = taken >= size
-        cursor = tl.where(full, last + 1, tl.minimum(cursor + STEP, count))
-        if (cursor >= count) & (behind + count < scored):
-            end = order + r * 2 * WINDOW + count - 1
-            bound_page, bound_key = tl.load(end), tl.load(end + WINDOW)
+        if cursor >= count:
+            bound_key = n * 0 + FIRST_KEY
+            bound_page = n * 0 - 1
+            if count > 0:
+                end = order + r * 2 * WINDOW + count - 1
+                bound_page = tl.load(end)
+                bound_key = tl.load(end + WINDOW)
             behind += count
             count = next_window(
                 log_mass, key, found, order, suffix, r, g, M, n, scored - behind,
                 bound_key, bound_page, rule, G, GT, WINDOW, BLOCK,
             )  # fmt: skip
             cursor = cursor * 0
-        going = (full == 0) & (behind + cursor < scored)
-        if going & (rule < COVERAGE):
+        if rule < COVERAGE:
             going = worth_looking(order, r, cursor, count, gap, limit, WINDOW)
+        elif taken == 0:
+            going = uncovered(suffix, r, g, G, WINDOW, cursor, kappa, bar) > 0
+        if going:
+            at = cursor + tl.arange(0, STEP)
+            inside = at < count
+            page = tl.load(order + r * 2 * WINDOW + at, mask=inside, other=0)
+            wanted = inside
+            if rule < COVERAGE:
+                estimate = tl.load(
+                    log_mass + (r * G + g)[:, None] * M + page[None, :],
+                    mask=(g < G)[:, None] & inside[None, :],
+                    other=float("-inf"),
+                )
+                wanted = tl.max((estimate > bar[:, None]).to(tl.int32), 0) > 0
+            rank = taken + tl.cumsum(wanted.to(tl.int32), 0)
+            take = wanted & (rank <= size)
+            tl.store(listed + r * M + rank - 1, page, mask=take)
+            tl.store(attended + r * M + page, tl.full([STEP], 1, tl.uint8), mask=take)
+            last = tl.max(tl.where(take, at, -1), 0)
+            taken += tl.sum(take.to(tl.int32), 0)
+            full = taken >= size
+            cursor = tl.where(full, last + 1, tl.minimum(cursor + STEP, count))
+            going = (full == 0) & (behind + cursor < scored)
     return taken, cursor, count, behind

@@ -7,8 +7,8 @@ Pages are logical.
 import triton
 import triton.language as tl
 
-from sgl_psa_kernels.progressive_decode.triton_order import next_window, pick_group
-from sgl_psa_kernels.triton_rank import FIRST_KEY, NO_PAGE, ordered
+from sgl_psa_kernels.progressive_decode.triton_order import pick_group
+from sgl_psa_kernels.triton_rank import NO_PAGE, ordered
 from sgl_psa_kernels.triton_tiles import correction, finite, log_add
 
 MARGINAL = tl.constexpr(1)
@@ -161,11 +161,6 @@ def next_group(
             forced = tl.load(forced_count + r)
             # The prediction may be any integer.
             size = tl.maximum(size, tl.maximum(tl.load(first_pages + r), forced) - forced)
-        if left > 0:
-            count = next_window(
-                log_mass, key, found, order, suffix, r, g, M, n, left,
-                FIRST_KEY, -1, rule, G, GT, WINDOW, BLOCK,
-            )  # fmt: skip
     else:
         # A group without pages is the last.
         left = tl.where(tl.load(group_count + r) > 0, left, 0)

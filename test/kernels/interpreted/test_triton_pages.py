@@ -1,8 +1,9 @@
-"""Candidate pages and tail compensation in Triton: the tests of the other backends, few of them."""
+"""Candidate pages, tail compensation and watermarks in Triton: few of the others' tests."""
 
 import pytest
 import test_candidate_pages as candidates
 import test_tail_compensation as tail
+import test_watermark as watermark
 import torch
 from kernel_cases import FP16, FP32, Case
 from sgl_psa_kernels.candidate_pages import triton_backend as choice
@@ -43,3 +44,8 @@ def test_tail_compensation_at_its_limits() -> None:
     none = {name: x[:0] if torch.is_tensor(x) else x for name, x in given.items()}
     none["value_means"] = given["value_means"]
     assert tail.compensate(**none, backend="triton").shape == (0, 2, 16)
+
+
+@pytest.mark.parametrize("page", [1, 4])
+def test_watermarks(page: int) -> None:
+    watermark.check(page, "triton", calls=25)
