@@ -77,8 +77,8 @@ def peer(s: Setting) -> Callable[[], torch.Tensor]:
 
 
 def ours(s: Setting, policy: str) -> tuple[Callable[[], torch.Tensor], PSADecodeWrapper]:
-    """The wrapper under ``policy``, default knobs."""
-    config = PSAConfig(policy=policy)
+    """The wrapper under ``policy``, default knobs, sparse at every length."""
+    config = PSAConfig(policy=policy, min_context=0)
     backend = resolve_backend("auto", "cpu")
     kv_heads, dim = s.k.shape[2:]
     shape = CacheShape(LAYERS, s.k.shape[1] // s.page, s.page, kv_heads, dim, torch.device("cpu"))
