@@ -50,6 +50,8 @@ ScorerName = Literal[
     "exact",
 ]
 BackendName = Literal["auto", "cpu", "torch", "triton", "reference"]
+#: Stands for :data:`sgl_psa.crossover.CROSSOVER` of the kernels in use.
+AUTO_CONTEXT: Literal["auto"] = "auto"
 #: Stands for the policy's own default; a constructed PSAConfig holds a scorer's name instead.
 AUTO_SCORER = "auto"
 
@@ -136,8 +138,12 @@ class PSAConfig:
         ),
     ] = 2
     min_context: Annotated[
-        int, Meta(ge=0, description="Requests shorter than this many tokens are decoded densely.")
-    ] = 1024
+        Annotated[int, Meta(ge=0)] | Literal["auto"],
+        Meta(
+            description="Requests shorter than this many tokens are decoded densely. auto: those "
+            "for which the kernels in use are faster so, by measurement."
+        ),
+    ] = AUTO_CONTEXT
     correction_std: Annotated[
         float,
         Meta(

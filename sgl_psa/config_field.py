@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,9 +29,26 @@ class ConfigField:
 
     @property
     def kind(self) -> type:
-        """The plain Python type: str, int, float or bool."""
+        """The plain Python type: str, int, float or bool; of the numbers of a setting that also
+        takes a word."""
+        if self.word:
+            return typing.get_args(self._number)[0]
         base = typing.get_args(self.annotation)[0]
         return type(self.choices[0]) if self.choices else base
+
+    @property
+    def word(self) -> str:
+        """The word that a setting of a number takes besides, or nothing."""
+        base = typing.get_args(self.annotation)[0]
+        if typing.get_origin(base) not in (types.UnionType, typing.Union):
+            return ""
+        return typing.get_args(typing.get_args(base)[1])[0]
+
+    @property
+    def _number(self) -> Any:
+        """The annotated number of a setting that also takes a word, else the annotation."""
+        base = typing.get_args(self.annotation)[0]
+        return typing.get_args(base)[0] if self.word else self.annotation
 
     @property
     def choices(self) -> tuple[Any, ...]:
@@ -56,13 +74,15 @@ def check_value(field: ConfigField, value: Any, where: str) -> Any:
     problem = f"{where}={value!r}"
     if isinstance(value, bool) and field.kind is not bool:
         raise ConfigError(f"{problem}: expected {_expectation(field)}, got a boolean")
+    if field.word and value == field.word:
+        return value
     if isinstance(value, str) and field.kind is int and field.choices:
         try:
             value = int(value)
         except ValueError:
             raise ConfigError(f"{problem}: expected {_expectation(field)}") from None
     try:
-        converted = msgspec.convert(value, field.annotation, strict=False)
+        converted = msgspec.convert(value, field._number, strict=False)
     except msgspec.ValidationError:
         raise ConfigError(f"{problem}: expected {_expectation(field)}") from None
     if isinstance(converted, float) and not math.isfinite(converted):
@@ -77,11 +97,12 @@ def _expectation(field: ConfigField) -> str:
         return "true or false"
     if field.kind is str:
         return "text"
-    meta = next(m for m in field.annotation.__metadata__ if isinstance(m, Meta))
+    meta = next(m for m in field._number.__metadata__ if isinstance(m, Meta))
     noun = "an integer" if field.kind is int else "a number"
     bounds = [
         f"{sign} {bound:g}"
         for sign, bound in ((">", meta.gt), (">=", meta.ge), ("<", meta.lt), ("<=", meta.le))
         if bound is not None
     ]
-    return " ".join([noun, " and ".join(bounds)]).strip()
+    text = " ".join([noun, " and ".join(bounds)]).strip()
+    return f"{text}, or {field.word}" if field.word else text

@@ -12,6 +12,7 @@ from sgl_psa_kernels.progressive_decode.prepared import PreparedDecode
 from sgl_psa.audit import Auditor
 from sgl_psa.budget import BudgetPrior
 from sgl_psa.config import PSAConfig
+from sgl_psa.crossover import min_context
 from sgl_psa.page_values import PageValues
 from sgl_psa.prediction import Predictor
 from sgl_psa.row import COVERAGE
@@ -95,6 +96,7 @@ class PSADecodeWrapper:
             raise ValueError("PSADecodeWrapper: compensate=true needs the cache's value means")
         self.values = PageValues(means if config.compensate else None, norms)
         self.config = config
+        self.min_context = min_context(config, backend)
         self.scorer = scorer
         self.backend = backend
         self.page_size = scorer.shape.page_size
@@ -140,7 +142,7 @@ class PSADecodeWrapper:
         longest = int(seq_lens.max()) if seq_lens.numel() else 0
         heads = req_to_token[req_pool_indices, : max(longest, 1) : self.page_size]
         page_table = torch.div(heads, self.page_size, rounding_mode="floor").to(torch.int32)
-        sparse = (rows.mode != 0) & (seq_lens >= self.config.min_context) & (seq_lens > 0)
+        sparse = (rows.mode != 0) & (seq_lens >= self.min_context) & (seq_lens > 0)
         rows = rows._replace(mode=torch.where(sparse, rows.mode, torch.zeros_like(rows.mode)))
         scored = sparse & rows.scored
         batch = PageBatch(page_table.contiguous(), seq_lens, scored.to(torch.uint8))

@@ -85,7 +85,7 @@ def keep(original: Callable[..., Any], tree: Any, request: Any, *args: Any, **kw
     setattr(tree, END, None)
     tokens = kwargs["kv_len_to_handle"]
     # A slot's state is this request's only once it has decoded there.
-    learns = getattr(request, DECODED, False) and tokens >= backend.config.min_context
+    learns = getattr(request, DECODED, False) and tokens >= backend.wrapper.min_context
     if node is None or not learns:
         return result
     learnt = Learnt(predictor.snapshot(int(request.req_pool_idx)), tokens)

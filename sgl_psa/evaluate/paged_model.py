@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from sgl_psa.backends import resolve_backend
-from sgl_psa.config import PSAConfig
+from sgl_psa.config import AUTO_CONTEXT, PSAConfig
 from sgl_psa.evaluate.feeder import Feeder
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
@@ -28,6 +28,8 @@ from sgl_psa.wrapper import PSADecodeWrapper
 ATTENTION_NAME = "sgl_psa_evaluate"
 #: Tokens of a page unless a model asks for others.
 PAGE_SIZE = 16
+#: Tokens from which policies are measured sparse where min_context is auto, whatever is faster.
+SPARSE_FROM = 1024
 
 _active: ContextVar[PagedModel] = ContextVar("paged model")
 
@@ -60,6 +62,8 @@ class Group:
     """Summaries and a wrapper: what policies of the same server settings share."""
 
     def __init__(self, config: PSAConfig, shape: CacheShape, rows: int, kv_bytes: int) -> None:
+        if config.min_context == AUTO_CONTEXT:
+            config = replace(config, min_context=SPARSE_FROM)
         backend = resolve_backend(config.backend, shape.device)
         # Policies that share a group may have any stop rule.
         self.summaries = make_summaries(config, shape, backend, norms=True)

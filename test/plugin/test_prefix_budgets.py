@@ -54,7 +54,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     backend = SimpleNamespace(
         config=CONFIG,
         rules=RuleTable(CONFIG, REQUESTS, "cpu"),
-        wrapper=SimpleNamespace(predictor=Predictor(CONFIG, shape)),
+        wrapper=SimpleNamespace(predictor=Predictor(CONFIG, shape), min_context=CONFIG.min_context),
     )
     backend.wrapper.predictor.state.reserve(REQUESTS)
     monkeypatch.setattr(state, "_backend", backend)

@@ -207,20 +207,20 @@ class Worker {
         out(items_[i].head, g)[items_[i].column] = value(i * parts_, g);
   }
 
-  // The candidates of a block that have sketches, head by head; those without get their infinity.
+  // The candidates of a block that have sketches, page by page: heads of a page are neighbours in
+  // memory. Those without get their infinity.
   int collect(int size) {
+    const int heads = r_.num_kv_heads;
+    const uint8_t* flags = s_.a.candidates + (int64_t)row_ * heads * r_.max_pages + first_;
     int count = 0;
-    for (int h = 0; h < r_.num_kv_heads; h++) {
-      const uint8_t* wanted =
-          s_.a.candidates + ((int64_t)row_ * r_.num_kv_heads + h) * r_.max_pages + first_;
-      for (int i = 0; i < size; i++) {
-        if (!wanted[i]) continue;
+    for (int i = 0; i < size; i++)
+      for (int h = 0; h < heads; h++) {
+        if (!flags[(int64_t)h * r_.max_pages + i]) continue;
         if (has_sketch(i))
           items_[count++] = {i, h};
         else
           for (int g = 0; g < s_.group; g++) out(h, g)[i] = INF;
       }
-    }
     return count;
   }
 

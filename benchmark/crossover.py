@@ -1,0 +1,84 @@
+"""From which context on a sparse decode step of our kernels is faster than a dense one.
+
+    python -m benchmark.crossover --lengths 1024,2048,3072,4096,6144,8192
+
+Steps of the layers of :mod:`benchmark.decode_op` at the default settings, planning and statistics
+included, sparse and dense in turn in every round, for several head shapes. The crossover of a shape
+is the least measured length from which on sparse decoding is nowhere slower; the longest one is
+what ``sgl_psa.crossover`` holds for the backend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from benchmark.common import save
+from benchmark.decode_op import LAYERS, Setting, ours
+from sgl_psa.backends import resolve_backend
+from sgl_psa.crossover import CROSSOVER
+
+#: Query heads, KV heads and head dimension: groups of 4, 7 and 8, and small heads.
+SHAPES = ((32, 8, 128), (28, 4, 128), (64, 8, 128), (32, 8, 64))
+
+
+def ratio(setting: Setting, rounds: int) -> tuple[float, float, float]:
+    """Median of sparse over dense CPU time of neighbouring steps, and the medians in ms a layer."""
+    steps = [ours(setting, policy)[0] for policy in ("psa", "dense")]
+    for step in steps:
+        step()
+    times: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for step, mine in zip(steps, times, strict=True):
+            begin = time.process_time()
+            step()
+            mine.append((time.process_time() - begin) * 1e3 / LAYERS)
+    sparse, dense = times
+    share = statistics.median(a / b for a, b in zip(sparse, dense, strict=True))
+    return share, statistics.median(sparse), statistics.median(dense)
+
+
+def crossover(ratios: dict[int, float]) -> int | None:
+    """The least length from which on no ratio is above 1; ``None``: the longest one is."""
+    best = None
+    for length in sorted(ratios, reverse=True):
+        if ratios[length] > 1:
+            break
+        best = length
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", default="1024,2048,3072,4096,6144,8192")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of them")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    backend = resolve_backend("auto", "cpu")
+    results = []
+    for shape in SHAPES[: options.shapes]:
+        found = {}
+        for length in map(int, options.lengths.split(",")):
+            setting = Setting(length, options.batch, *shape, 16)
+            found[length], sparse, dense = ratio(setting, options.rounds)
+            print(
+                f"heads {shape} length {length}: psa {sparse:.3f} ms, dense {dense:.3f} ms, "
+                f"ratio {found[length]:.2f}",
+                flush=True,
+            )
+        results.append({"heads": shape, "ratio": found, "crossover": crossover(found)})
+        print(f"heads {shape}: crossover {results[-1]['crossover']}", flush=True)
+    print(f"in use for backend {backend}: {CROSSOVER[backend]}")
+    what = "CPU time of a psa step over that of a dense one, by context; bf16, pages of 16"
+    report = {"what": what, "backend": backend, "batch": options.batch, "results": results}
+    print(save("crossover", report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""What ``min_context="auto"`` stands for: from which context on sparse decoding is faster."""
+
+from __future__ import annotations
+
+from sgl_psa.config import AUTO_CONTEXT, PSAConfig
+
+#: Tokens of context, by kernel backend. ``cpu``: the longest crossover of the head shapes that
+#: ``python -m benchmark.crossover`` measures, at the default settings. The others have not been
+#: measured on a machine that they are for.
+CROSSOVER = {"cpu": 4096, "torch": 1024, "triton": 1024, "reference": 1024}
+
+
+def min_context(config: PSAConfig, backend: str) -> int:
+    """Tokens below which a request is decoded densely.
+
+    Args:
+        backend: kernel backend, from :func:`sgl_psa.backends.resolve_backend`.
+    """
+    return CROSSOVER[backend] if config.min_context == AUTO_CONTEXT else config.min_context
