@@ -5,7 +5,9 @@
 What it costs is that of a trained model of its shape; what it says is noise, so nothing measured
 with it tells of quality. Random projections make attention flat, which no trained model's is, and a
 sparse method would rightly read everything. Queries and keys are therefore scaled until attention
-logits spread by ``LOGIT_STD``, which leaves the mass in few pages.
+logits spread by ``LOGIT_STD``, which leaves the mass in few pages: by default PSA reads 0.20 of the
+bytes at 8k tokens and 0.17 at 16k (an engine, two layers); with Gaussian queries and keys of that
+spread it reads 0.12 at 32k, 8 % of the pages.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def weights(layers: int = LAYERS, seed: int = 0) -> dict[str, torch.Tensor]:
     ones = torch.ones(HIDDEN).bfloat16()
     # A normalised input has elements of variance 1, a query and a key those of HIDDEN * std**2,
     # and sum(q * k) / sqrt(DIM) has their product as its standard deviation.
-    sharp = (LOGIT_STD**0.5 / HIDDEN**0.5) if LOGIT_STD else WEIGHT_STD
+    sharp = (LOGIT_STD / HIDDEN) ** 0.5
     found = {
         "model.embed_tokens.weight": normal(VOCAB, HIDDEN),
         "lm_head.weight": normal(VOCAB, HIDDEN),
