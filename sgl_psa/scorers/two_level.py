@@ -37,6 +37,8 @@ class TwoLevelScorer(Scorer):
         self.second = RotatedSketchScorer(shape, backend, bits)
         self.first.watermark = self.second.watermark = self.watermark
         self._read: dict[int, torch.Tensor] = {}
+        self._batch: PageBatch | None = None
+        self._first_bytes = torch.zeros(0)
 
     @classmethod
     def build(cls, config: PSAConfig, shape: CacheShape, backend: str) -> TwoLevelScorer:
@@ -71,8 +73,11 @@ class TwoLevelScorer(Scorer):
             backend=self.backend,
         )
         self.second.score_codes(layer, rotated, batch, sm_scale, candidates.flags, log_mass)
-        first_bytes = (batch.pages_scored(shape.page_size) * self.first.bytes_per_page).float()
-        self._read[layer] = first_bytes[:, None] + candidates.count * self.second.bytes_per_page
+        if batch is not self._batch:  # the same for every layer of a step
+            pages = batch.pages_scored(shape.page_size)
+            self._batch, self._first_bytes = batch, (pages * self.first.bytes_per_page).float()
+        extra = candidates.count * self.second.bytes_per_page
+        self._read[layer] = self._first_bytes[:, None] + extra
         return log_mass
 
     def read_bytes(self, layer: int) -> torch.Tensor | None:
