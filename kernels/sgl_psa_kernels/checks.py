@@ -1,6 +1,7 @@
 """Argument checks shared by the operators. Each raises ValueError that names the fix.
 
-The checks look at shapes, dtypes, devices and strides only: no tensor is read.
+The checks look at shapes, dtypes, devices and strides only: no tensor is read. They run for every
+layer of a decode step, so no message is made before it is needed.
 """
 
 import torch
@@ -23,66 +24,64 @@ def check_tensor(
     contiguous: bool = True,
 ) -> None:
     """Check dtype and shape; ``None`` in ``shape`` accepts any size in that place."""
-    require(tensor.dtype == dtype, f"{op}: {name} must be {dtype}, got {tensor.dtype}")
-    fits = tensor.dim() == len(shape) and all(
-        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
-    )
+    if tensor.dtype != dtype:
+        raise ValueError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
+    have = tensor.shape
+    fits = len(have) == len(shape)
+    if fits and have != shape:
+        fits = all(want is None or want == size for want, size in zip(shape, have, strict=True))
     if not fits:
-        want = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{op}: {name} must have shape [{want}], got {list(tensor.shape)}")
-    require(
-        not contiguous or tensor.is_contiguous(),
-        f"{op}: {name} must be contiguous; pass {name}.contiguous()",
-    )
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{op}: {name} must have shape [{sizes}], got {list(have)}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous; pass {name}.contiguous()")
 
 
 def check_page_size(op: str, page_size: int) -> None:
     """A page size is a power of two."""
-    require(
-        page_size >= 1 and page_size & (page_size - 1) == 0,
-        f"{op}: page_size must be a power of two (16 is usual), got {page_size}",
-    )
+    if page_size < 1 or page_size & (page_size - 1):
+        raise ValueError(f"{op}: page_size must be a power of two (16 is usual), got {page_size}")
 
 
 def check_cache(op: str, name: str, cache: torch.Tensor, page_size: int) -> None:
     """Check a K or V pool of shape [slots, Hkv, D] with whole pages."""
     check_page_size(op, page_size)
-    require(cache.dim() == 3, f"{op}: {name} must be [slots, Hkv, D], got {list(cache.shape)}")
-    require(
-        cache.dtype in KV_DTYPES,
-        f"{op}: {name} must be bfloat16, float16 or float32, got {cache.dtype}",
-    )
-    require(
-        cache.shape[0] % page_size == 0,
-        f"{op}: {name} has {cache.shape[0]} slots, not a multiple of page_size {page_size}; "
-        "allocate whole pages",
-    )
-    require(cache.stride(2) == 1, f"{op}: last dimension of {name} must be contiguous")
-    require(
-        cache.shape[2] % 16 == 0 and cache.shape[2] > 0,
-        f"{op}: head_dim must be a multiple of 16, got {cache.shape[2]}",
-    )
+    if cache.dim() != 3:
+        raise ValueError(f"{op}: {name} must be [slots, Hkv, D], got {list(cache.shape)}")
+    if cache.dtype not in KV_DTYPES:
+        raise ValueError(f"{op}: {name} must be bfloat16, float16 or float32, got {cache.dtype}")
+    slots, _, head_dim = cache.shape
+    if slots % page_size:
+        raise ValueError(
+            f"{op}: {name} has {slots} slots, not a multiple of page_size {page_size}; "
+            "allocate whole pages"
+        )
+    if cache.stride(2) != 1:
+        raise ValueError(f"{op}: last dimension of {name} must be contiguous")
+    if head_dim % 16 or head_dim <= 0:
+        raise ValueError(f"{op}: head_dim must be a multiple of 16, got {head_dim}")
 
 
 def check_queries(op: str, q: torch.Tensor, num_kv_heads: int, head_dim: int) -> None:
     """Check queries [B, Hq, D] against the KV heads they use."""
-    require(q.dim() == 3, f"{op}: q must be [B, Hq, D], got {list(q.shape)}")
-    require(q.dtype in KV_DTYPES, f"{op}: q must be bfloat16, float16 or float32, got {q.dtype}")
-    require(q.shape[2] == head_dim, f"{op}: q has head_dim {q.shape[2]}, the pages have {head_dim}")
-    require(
-        q.shape[1] > 0 and num_kv_heads > 0 and q.shape[1] % num_kv_heads == 0,
-        f"{op}: {q.shape[1]} query heads are no multiple of {num_kv_heads} KV heads",
-    )
-    require(q.stride(2) == 1, f"{op}: last dimension of q must be contiguous")
+    if q.dim() != 3:
+        raise ValueError(f"{op}: q must be [B, Hq, D], got {list(q.shape)}")
+    if q.dtype not in KV_DTYPES:
+        raise ValueError(f"{op}: q must be bfloat16, float16 or float32, got {q.dtype}")
+    _, heads, dim = q.shape
+    if dim != head_dim:
+        raise ValueError(f"{op}: q has head_dim {dim}, the pages have {head_dim}")
+    if heads <= 0 or num_kv_heads <= 0 or heads % num_kv_heads:
+        raise ValueError(f"{op}: {heads} query heads are no multiple of {num_kv_heads} KV heads")
+    if q.stride(2) != 1:
+        raise ValueError(f"{op}: last dimension of q must be contiguous")
 
 
 def check_rows(op: str, page_table: torch.Tensor, seq_lens: torch.Tensor, batch: int) -> None:
     """Check page_table int32 [B, max_pages] and seq_lens int32 [B]."""
     check_tensor(op, "page_table", page_table, torch.int32, (batch, None), contiguous=False)
-    require(
-        page_table.shape[1] <= 1 or page_table.stride(1) == 1,
-        f"{op}: rows of page_table must be contiguous",
-    )
+    if page_table.shape[1] > 1 and page_table.stride(1) != 1:
+        raise ValueError(f"{op}: rows of page_table must be contiguous")
     check_tensor(op, "seq_lens", seq_lens, torch.int32, (batch,))
 
 

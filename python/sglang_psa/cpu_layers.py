@@ -1,7 +1,8 @@
 """Faster layers around attention on the CPU platform, for a server that decodes with psa.
 
 SGLang's own CPU kernels need AMX; without it a step goes through plain torch, which reads the
-weights at half the speed of memory and makes a dozen operations of a norm or a rotation. What is
+weights at half the speed of memory, multiplies 16-bit matrices slower than float32 ones and makes
+a dozen operations of a norm or a rotation. What is
 replaced is an attribute of each layer object, after the weights are loaded: the classes stay, and
 so does every layer that is not exactly of a kind listed here. Weights are read where they lie, so
 whatever updates them in place is seen at once.
@@ -16,6 +17,7 @@ import torch
 from sgl_psa_kernels.rms_norm import rms_norm
 from sgl_psa_kernels.rope import rope
 from sgl_psa_kernels.skinny_linear import MAX_ROWS, skinny_linear
+from sgl_psa_kernels.wide_products import MIN_ROWS, faster_in_float32
 
 from sglang_psa.compat import (
     LogitsProcessor,
@@ -28,22 +30,39 @@ from sglang_psa.hooks import HookNotApplied
 
 logger = logging.getLogger(__name__)
 
-#: Types whose matrix products torch does not already run at the speed of memory.
+#: Types whose matrix products torch does not already run at the speed of the machine.
 SHORT_TYPES = (torch.bfloat16, torch.float16)
+#: Elements of a weight that are converted to float32 at a time.
+_PART = 1 << 22
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``F.linear``, by the kernel for few rows where that is faster."""
+    """``F.linear``, by the kernel for few rows and in float32 for many where these are faster."""
+    rows = x.shape[0]
     if (
         x.dim() == 2
-        and 0 < x.shape[0] <= MAX_ROWS
         and x.dtype in SHORT_TYPES
         and weight.dtype == x.dtype
         and type(weight) is torch.nn.Parameter  # no quantised subclass
         and weight.stride(1) == 1
     ):
-        return skinny_linear(x, weight, bias, backend="cpu")
+        if 0 < rows <= MAX_ROWS:
+            return skinny_linear(x, weight, bias, backend="cpu")
+        if rows >= MIN_ROWS and faster_in_float32(x.dtype):
+            return wide_linear(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``F.linear`` of 16-bit tensors with float32 products, rounded once."""
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    wide, start = x.float(), 0
+    for part in weight.split(max(1, _PART // weight.shape[1])):
+        stop = start + part.shape[0]
+        offset = None if bias is None else bias[start:stop].float()
+        out[:, start:stop] = torch.nn.functional.linear(wide, part.float(), offset)
+        start = stop
+    return out
 
 
 class CpuLinearMethod(UnquantizedLinearMethod):
@@ -159,6 +178,8 @@ def install(model: Any) -> dict[str, int]:
         elif _plain_rope(module):
             _replace_forward(module, rotate)
             counts["rope"] += 1
+    for dtype in {parameter.dtype for parameter in model.parameters()}:
+        faster_in_float32(dtype)  # measured now, not by the first request
     logger.info("psa CPU layers: %s", ", ".join(f"{n} {name}" for name, n in counts.items()))
     return counts
 

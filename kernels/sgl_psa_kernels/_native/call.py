@@ -29,7 +29,7 @@ def dtype_code(op: str, tensor: torch.Tensor) -> int:
 def require_cpu(op: str, *tensors: torch.Tensor | None) -> None:
     """Native kernels read host memory only."""
     for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cpu":
+        if tensor is not None and not tensor.is_cpu:
             raise ValueError(f"{op}: backend 'cpu' needs CPU tensors, got one on {tensor.device}")
 
 

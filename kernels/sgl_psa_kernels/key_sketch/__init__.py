@@ -73,10 +73,10 @@ def write(
     if signs is not None:
         checks.check_tensor(op, "signs", signs, torch.float32, (k_cache.shape[2],))
     checks.check_tensor(op, "slots", slots, torch.int64, (None,))
-    checks.require(
-        codes.shape[1] == k_cache.shape[1] and codes.shape[0] * page_size == k_cache.shape[0],
-        f"{op}: codes {list(codes.shape)} do not match k_cache {list(k_cache.shape)}",
-    )
+    if codes.shape[1] != k_cache.shape[1] or codes.shape[0] * page_size != k_cache.shape[0]:
+        raise ValueError(
+            f"{op}: codes {list(codes.shape)} do not match k_cache {list(k_cache.shape)}"
+        )
     implementation(k_cache, slots, codes, affine, signs, bits=bits, page_size=page_size)
 
 
@@ -257,7 +257,8 @@ def _check_sketch(
     head_dim: int,
     affine_width: int,
 ) -> None:
-    checks.require(bits in BITS, f"{op}: bits must be one of {BITS}, got {bits}")
+    if bits not in BITS:
+        raise ValueError(f"{op}: bits must be one of {BITS}, got {bits}")
     checks.check_page_size(op, page_size)
     width = packed_bytes(head_dim, bits)
     checks.check_tensor(op, "codes", codes, torch.uint8, (None, None, page_size, width))

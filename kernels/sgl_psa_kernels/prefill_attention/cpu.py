@@ -3,6 +3,7 @@
 import torch
 
 from sgl_psa_kernels.merge_state.reference import merge_state
+from sgl_psa_kernels.wide_products import MIN_ROWS, faster_in_float32
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -20,9 +21,15 @@ def prefill(
 
     The prefix is seen by every query, so the G query heads of a KV head fold into its query rows:
     one call reads each key once for all of them. The causal chunk takes one call per g with the
-    keys and values as they are.
+    keys and values as they are. 16-bit input is computed in float32 where that is faster.
     """
     new, num_qo_heads, dim = q.shape
+    if new >= MIN_ROWS and faster_in_float32(q.dtype):
+        if k_prefix is not None and v_prefix is not None:
+            k_prefix, v_prefix = k_prefix.float(), v_prefix.float()
+        chunk = k_chunk.float(), v_chunk.float()
+        out, lse = prefill(q.float(), k_prefix, v_prefix, *chunk, sm_scale=sm_scale)
+        return out.to(q.dtype), lse
     num_kv_heads = k_chunk.shape[1]
     group = num_qo_heads // num_kv_heads
     out = torch.empty(new, num_kv_heads, group, dim, dtype=q.dtype)

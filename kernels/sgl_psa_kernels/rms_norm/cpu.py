@@ -13,13 +13,14 @@ def rms_norm(
     op = "rms_norm"
     require_cpu(op, x, weight, residual)
     dim = x.shape[-1]
-    rows = x.reshape(-1, dim)
+    weight = weight.contiguous()
+    rows = x if x.dim() == 2 else x.reshape(-1, dim)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     total, others = None, rows
     if residual is not None:
         total = torch.empty(x.shape, dtype=x.dtype)
-        others = residual.reshape(-1, dim)
+        others = residual if residual.dim() == 2 else residual.reshape(-1, dim)
         others = others if others.stride(1) == 1 else others.contiguous()
     args = abi.RmsNormArgs(
         rows.shape[0],
@@ -32,7 +33,7 @@ def rms_norm(
         eps,
         rows.data_ptr(),
         None if total is None else others.data_ptr(),
-        weight.contiguous().data_ptr(),
+        weight.data_ptr(),
         out.data_ptr(),
         None if total is None else total.data_ptr(),
     )
