@@ -163,7 +163,7 @@ class StaticPlanner:
         table[:, : heads.shape[1]].copy_(torch.div(heads, page_size, rounding_mode="floor"))
         lens.copy_(seq_lens)
         lens[size - num_padding :].zero_()
-        sparse = (rows.mode != 0) & (lens >= config.min_context) & (lens > 0)
+        sparse = (rows.mode != 0) & (lens >= wrapper.min_context) & (lens > 0)
         rows = rows._replace(mode=rows.mode * sparse)
         active.copy_(sparse & rows.scored)
         if wrapper.predictor is not None:
