@@ -150,7 +150,8 @@ def variants(
             step()
             steps[name] = step
         except Exception as error:
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            text = " ".join(str(error).split())
+            missing[name] = f"{type(error).__name__}: {text[:200]}"
     return steps, missing
 
 

@@ -13,7 +13,10 @@ times) says nothing about quality, and a step that reads another share takes ano
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -144,6 +147,21 @@ def run_variant(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def run_apart(command: list[str], log: Path, seconds: int) -> bool:
+    """Whether a command succeeds in time; none of its processes outlives it."""
+    with log.open("w") as where:
+        process = subprocess.Popen(command, stdout=where, stderr=where, start_new_session=True)
+        try:
+            return process.wait(seconds) == 0
+        except subprocess.TimeoutExpired:
+            where.write(f"ended after {seconds} s\n")
+            return False
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -180,14 +198,10 @@ def main() -> None:
             log = options.out.with_name(f"{options.out.stem}_{known.index(name)}.log")
             command = [sys.executable, "-m", "benchmark.gpu.serving", *sys.argv[1:]]
             command += ["--one", name, "--model", str(model), "--out", str(part)]
-            with log.open("w") as where:
-                try:
-                    subprocess.run(
-                        command, stdout=where, stderr=where, timeout=options.seconds, check=True
-                    )
-                    report["results"][name] = json.loads(part.read_text())
-                except (OSError, subprocess.SubprocessError) as error:
-                    report["missing"][name] = f"{type(error).__name__}, see {log.name}"
+            if run_apart(command, log, options.seconds) and part.exists():
+                report["results"][name] = json.loads(part.read_text())
+            else:
+                report["missing"][name] = f"failed, see {log.name}"
             options.out.write_text(json.dumps(report, indent=1) + "\n")
             print(table(name, report), flush=True)
     sys.exit(1 if report["missing"] else 0)
