@@ -3,7 +3,8 @@
 import pytest
 import torch
 from kernel_cases import assert_rounded
-from sgl_psa_kernels.prefill_attention import prefill
+from sgl_psa_kernels.prefill_attention import cpu, prefill
+from sgl_psa_kernels.wide_products import MIN_ROWS, faster_in_float32
 
 
 def tensors(new: int, prefix: int, heads: int, group: int, dim: int, dtype: torch.dtype):
@@ -97,3 +98,23 @@ def test_mismatched_parts_are_refused() -> None:
         prefill(q.bfloat16(), k[:8], v[:8], k[8:], v[8:], sm_scale=1.0, backend="cpu")
     with pytest.raises(ValueError, match="belong together"):
         prefill(q, None, None, k, v, sm_scale=1.0, backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prefix", [0, 45])
+def test_16_bit_input_computed_in_float32_is_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, prefix: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(cpu, "faster_in_float32", lambda dtype: dtype != torch.float32)
+    monkeypatch.setattr(cpu, "_BLOCK", 20)
+    q, k, v = tensors(MIN_ROWS, prefix, 2, 2, 64, dtype)
+    out, lse = run(q, k, v, prefix, "cpu")
+    want_out, want_lse = exact(q, k, v, prefix)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    assert_rounded(out, want_out, 5e-6, dtype)
+
+
+def test_only_16_bit_types_are_candidates_for_float32() -> None:
+    assert not faster_in_float32(torch.float32)
+    assert not faster_in_float32(torch.float64)

@@ -6,6 +6,8 @@ from sgl_psa_kernels.merge_state.reference import merge_state
 from sgl_psa_kernels.wide_products import MIN_ROWS, faster_in_float32
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+#: Prefix tokens of which there are float32 copies at a time.
+_BLOCK = 8192
 
 
 def prefill(
@@ -19,42 +21,48 @@ def prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.prefill_attention.prefill`.
 
-    The prefix is seen by every query, so the G query heads of a KV head fold into its query rows:
-    one call reads each key once for all of them. The causal chunk takes one call per g with the
-    keys and values as they are. 16-bit input is computed in float32 where that is faster.
+    16-bit input is computed in float32 where that is faster, the prefix then block by block.
     """
-    new, num_qo_heads, dim = q.shape
-    if new >= MIN_ROWS and faster_in_float32(q.dtype):
-        if k_prefix is not None and v_prefix is not None:
-            k_prefix, v_prefix = k_prefix.float(), v_prefix.float()
-        chunk = k_chunk.float(), v_chunk.float()
-        out, lse = prefill(q.float(), k_prefix, v_prefix, *chunk, sm_scale=sm_scale)
-        return out.to(q.dtype), lse
+    new, num_qo_heads, _ = q.shape
     num_kv_heads = k_chunk.shape[1]
-    group = num_qo_heads // num_kv_heads
-    out = torch.empty(new, num_kv_heads, group, dim, dtype=q.dtype)
-    lse = torch.empty(new, num_kv_heads, group)
     if new == 0:
-        return out.view(q.shape), lse.view(new, num_qo_heads)
-    by_head = q.unflatten(1, (num_kv_heads, group))
-    k_new = k_chunk.transpose(0, 1).unsqueeze(0)
-    v_new = v_chunk.transpose(0, 1).unsqueeze(0)
-    for g in range(group):
+        return torch.empty_like(q), torch.empty(0, num_qo_heads)
+    wide = new >= MIN_ROWS and faster_in_float32(q.dtype)
+    work = torch.float32 if wide else q.dtype
+    by_head = q.to(work).unflatten(1, (num_kv_heads, -1))
+    out, lse = _causal(by_head, k_chunk.to(work), v_chunk.to(work), sm_scale)
+    if k_prefix is not None and v_prefix is not None:
+        size = _BLOCK if wide else k_prefix.shape[0]
+        for k, v in zip(k_prefix.split(size), v_prefix.split(size), strict=True):
+            part = _all_seen(by_head, k.to(work), v.to(work), sm_scale)
+            out, lse = merge_state(out, lse, *part)
+    return out.reshape(q.shape).to(q.dtype), lse.reshape(new, num_qo_heads).float()
+
+
+def _causal(
+    by_head: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chunk over itself: out [S, Hkv, G, D] and lse [S, Hkv, G], one call per g of the group
+    with the keys and values as they are."""
+    out = torch.empty(by_head.shape, dtype=by_head.dtype)
+    lse = torch.empty(by_head.shape[:3])
+    k, v = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
+    for g in range(by_head.shape[2]):
         queries = by_head[:, :, g].transpose(0, 1).unsqueeze(0)
-        o, part = _flash(queries, k_new, v_new, 0.0, True, scale=sm_scale)
+        o, part = _flash(queries, k, v, 0.0, True, scale=sm_scale)
         out[:, :, g] = o[0].transpose(0, 1)
         lse[:, :, g] = part[0].T
-    if k_prefix is not None and v_prefix is not None:
-        folded = by_head.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * new, dim)
-        o, part = _flash(
-            folded,
-            k_prefix.transpose(0, 1).unsqueeze(0),
-            v_prefix.transpose(0, 1).unsqueeze(0),
-            0.0,
-            False,
-            scale=sm_scale,
-        )
-        o_prefix = o[0].view(num_kv_heads, group, new, dim).permute(2, 0, 1, 3)
-        lse_prefix = part[0].reshape(num_kv_heads, group, new).permute(2, 0, 1)
-        out, lse = merge_state(out, lse, o_prefix, lse_prefix)
-    return out.reshape(q.shape), lse.reshape(new, num_qo_heads).float()
+    return out, lse
+
+
+def _all_seen(
+    by_head: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys that every query sees: the G query heads of a KV head fold into its query rows, so that
+    one call reads each key once for all of them."""
+    new, num_kv_heads, group, dim = by_head.shape
+    folded = by_head.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * new, dim)
+    k, v = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
+    o, part = _flash(folded, k, v, 0.0, False, scale=sm_scale)
+    out = o[0].view(num_kv_heads, group, new, dim).permute(2, 0, 1, 3)
+    return out, part[0].reshape(num_kv_heads, group, new).permute(2, 0, 1)
