@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sgl_psa.crossover import CROSSOVER
 from test.server.compare import reads
 from test.server.conftest import running
 from test.server.process import Server
@@ -33,7 +34,8 @@ def test_it_says_that_it_is_ready(served: Server) -> None:
 def test_it_decodes_sparsely_from_the_default_context_on(served: Server, prompts: Prompts) -> None:
     short = served.generate(prompts.recall(900, seed=8500).ids, max_new_tokens=8)
     assert reads(short)["bytes_fraction"] == 1
-    asked = [prompts.recall(3000, seed=8510 + 10 * n).ids for n in range(3)]
+    long = max(CROSSOVER.values()) + 500
+    asked = [prompts.recall(long, seed=8510 + 10 * n).ids for n in range(3)]
     for answer in served.together(asked, max_new_tokens=8):
         assert 0 < reads(answer)["bytes_fraction"] < 0.6
         assert reads(answer)["stale_pages"] == 0
