@@ -54,8 +54,8 @@ constexpr int BLOCK_TOKENS = 64;
 // Tokens whose values are added before the next head's turn.
 constexpr int VALUE_TOKENS = 8;
 // Distance in tokens between what is attended and what is brought to L2, first keys, then values,
-// then the next block's keys. A row of one head takes about as long as memory's latency / 8.
-constexpr int AHEAD_ONE_HEAD = 16, AHEAD_ALL_HEADS = 8;
+// then the next block's keys. A row takes about a tenth of the latency of memory.
+constexpr int AHEAD_ONE_HEAD = 32, AHEAD_ALL_HEADS = 8;
 
 inline int padded(int tokens) { return (tokens + LANES - 1) / LANES * LANES; }
 
@@ -90,9 +90,11 @@ __attribute__((always_inline)) inline void prefetch_row(const T* row, int dim) {
 }
 
 // logits[g][0 .. 4) of four rows for GB heads; DT = head_dim at compile time or 0. Row stride of
-// logits: `pitch`.
+// logits: `pitch`. Meanwhile `next` goes to L2, a little at every step: requests that come in
+// bunches keep the buffers busy that the loads need.
 template <int GB, int DT, class T>
-inline void dot_four(const T* const (&row)[4], const float* q, int dim, float* logits, int pitch) {
+inline void dot_four(const T* const (&row)[4], const T* const (&next)[4], const float* q, int dim,
+                     float* logits, int pitch) {
   const int D = DT ? DT : dim;
   F sum[GB][4] = {};
   int d = 0;
@@ -100,7 +102,10 @@ inline void dot_four(const T* const (&row)[4], const float* q, int dim, float* l
   for (; d + 2 * LANES <= D; d += 2 * LANES) {
     Pair key[4];
 #pragma GCC unroll 4
-    for (int u = 0; u < 4; u++) key[u] = load_pair(row[u] + d);
+    for (int u = 0; u < 4; u++) {
+      key[u] = load_pair(row[u] + d);
+      prefetch_range(next[u] + d, 2 * LANES * (int)sizeof(T));
+    }
 #pragma GCC unroll 4
     for (int g = 0; g < GB; g++) {
       const F first = loadu<F>(q + g * D + d), second = loadu<F>(q + g * D + d + LANES);
@@ -120,15 +125,16 @@ inline void dot_four(const T* const (&row)[4], const float* q, int dim, float* l
 }
 
 // acc[g][d0 .. d0 + NB * LANES) += sum_t weight[g][t] * row[t]; NB is even, or 1 for the last
-// vector. at: offset of the head in the rows.
+// vector. at: offset of the head in the rows. `next` goes to L2.
 template <int GB, int NB, class T>
-inline void add_value_part(const T* const* rows, int64_t at, int tokens, const float* weights,
-                           int pitch, float* acc, int D, int d0) {
+inline void add_value_part(const T* const* rows, int64_t at, const T* const* next, int tokens,
+                           const float* weights, int pitch, float* acc, int D, int d0) {
   F sum[GB][NB];
   for (int g = 0; g < GB; g++)
     for (int j = 0; j < NB; j++) sum[g][j] = loadu<F>(acc + g * D + d0 + j * LANES);
   for (int t = 0; t < tokens; t++) {
     const T* row = rows[t] + at + d0;
+    prefetch_range(next[t] + d0, NB * LANES * (int)sizeof(T));
     F value[NB];
     if constexpr (NB == 1)
       value[0] = load(row);
@@ -151,18 +157,18 @@ inline void add_value_part(const T* const* rows, int64_t at, int tokens, const f
 }
 
 template <int GB, int DT, class T>
-inline void add_values(const T* const* rows, int64_t at, int tokens, const float* weights,
-                       int pitch, float* acc, int dim) {
+inline void add_values(const T* const* rows, int64_t at, const T* const* next, int tokens,
+                       const float* weights, int pitch, float* acc, int dim) {
   const int D = DT ? DT : dim;
   int d = 0;
   for (; d + 4 * LANES <= D; d += 4 * LANES)
-    add_value_part<GB, 4>(rows, at, tokens, weights, pitch, acc, D, d);
+    add_value_part<GB, 4>(rows, at, next, tokens, weights, pitch, acc, D, d);
   if constexpr (DT == 0 || DT % (4 * LANES) != 0) {
     if (d + 2 * LANES <= D) {
-      add_value_part<GB, 2>(rows, at, tokens, weights, pitch, acc, D, d);
+      add_value_part<GB, 2>(rows, at, next, tokens, weights, pitch, acc, D, d);
       d += 2 * LANES;
     }
-    if (d < D) add_value_part<GB, 1>(rows, at, tokens, weights, pitch, acc, D, d);
+    if (d < D) add_value_part<GB, 1>(rows, at, next, tokens, weights, pitch, acc, D, d);
   }
 }
 
@@ -276,19 +282,20 @@ __attribute__((noinline)) void attend_block(HeadState& st, int heads, int group,
   for (int t = 0; t < tokens; t += 4)
     for (int h = 0; h < heads; h++) {
       const int64_t k_at = h * s.k_head, v_at = h * s.v_head;
-      const T* row[4];
+      const T *row[4], *next[4];
       for (int u = 0; u < 4; u++) {
         // Rows behind the last token repeat it: unused slots are never read.
         row[u] = s.now.k[std::min(t + u, tokens - 1)] + k_at;
-        const int next = t + u + distance;
-        if (next < tokens)
-          prefetch_row(s.now.k[next] + k_at, D);
-        else if (next - tokens < tokens)
-          prefetch_row(s.now.v[next - tokens] + v_at, D);
+        // What is read anyway stands for nothing to fetch.
+        const int i = t + u + distance;
+        next[u] = i < tokens            ? s.now.k[i] + k_at
+                  : i - tokens < tokens ? s.now.v[i - tokens] + v_at
+                                        : row[u];
       }
       for_head_blocks(group, [&](int g, auto count) {
         const size_t at = (size_t)h * group + g;
-        dot_four<count(), DT>(row, st.q + at * D, dim, s.logits + at * pitch + t, pitch);
+        dot_four<count(), DT>(row, g ? row : next, st.q + at * D, dim,
+                              s.logits + at * pitch + t, pitch);
       });
     }
   for (int h = 0; h < heads; h++)
@@ -304,16 +311,16 @@ __attribute__((noinline)) void attend_block(HeadState& st, int heads, int group,
     for (int h = 0; h < heads; h++) {
       const int64_t k_at = h * s.k_head, v_at = h * s.v_head;
       const int count = std::min(VALUE_TOKENS, tokens - t);
+      const T* next[VALUE_TOKENS];
       for (int u = 0; u < count; u++) {
-        const int next = t + u + distance;
-        if (next < tokens)
-          prefetch_row(s.now.v[next] + v_at, D);
-        else if (next - tokens < s.ahead.tokens)
-          prefetch_row(s.ahead.k[next - tokens] + k_at, D);
+        const int i = t + u + distance;
+        next[u] = i < tokens                    ? s.now.v[i] + v_at
+                  : i - tokens < s.ahead.tokens ? s.ahead.k[i - tokens] + k_at
+                                                : s.now.v[t + u] + v_at;
       }
       for_head_blocks(group, [&](int g, auto size) {
         const size_t at = (size_t)h * group + g;
-        add_values<size(), DT>(s.now.v + t, v_at, count, s.weights + at * pitch + t, pitch,
+        add_values<size(), DT>(s.now.v + t, v_at, next, count, s.weights + at * pitch + t, pitch,
                                st.acc + at * D, dim);
       });
     }
