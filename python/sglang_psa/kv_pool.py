@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sgl_psa_kernels._native.huge_pages import use_huge_pages
 
 from sgl_psa.backends import resolve_backend
 from sgl_psa.config import PSAConfig
@@ -32,8 +31,6 @@ class PSAKVPool(MHATokenToKVPool):
 
     def _create_buffers(self) -> None:
         super()._create_buffers()
-        for buffer in (*self.k_buffer, *self.v_buffer):
-            use_huge_pages(buffer)
         slots = self.size + self.page_size
         if slots % self.page_size:
             raise ValueError(f"KV pool of {slots} slots does not divide into pages")
