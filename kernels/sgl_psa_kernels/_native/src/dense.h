@@ -35,32 +35,33 @@ void dense_chunk(const PsaDecodeArgs& a, int row, int chunk, const Partials& out
                  Scratch& scratch) {
   const PsaRows& r = a.rows;
   const int D = r.head_dim, heads = r.num_kv_heads, group = r.num_qo_heads / heads;
-  const int pitch = padded(r.page_size) + 4;
+  const int step = block_pages(r), block_tokens = step * r.page_size;
   const RowPool<T> pool(a, row);
-  const AttendPage<T> attend_page = attend_page_for<T>(D);
+  const AttendBlock<T> attend_block = attend_block_for<T>(D);
   scratch.reset(Scratch::need<float>((size_t)r.num_qo_heads * D) +
-                Scratch::need<float>((size_t)HEAD_BLOCK * pitch));
+                BlockSpace<T>::bytes(r.num_qo_heads, block_tokens));
   float* q = scratch.take<float>((size_t)r.num_qo_heads * D);
-  float* logits = scratch.take<float>((size_t)HEAD_BLOCK * pitch);
-  // The states live in the chunk's place of the partial results.
+  BlockSpace<T> space;
+  space.take(scratch, r.num_qo_heads, block_tokens);
+  space.k_head = a.k_head_stride;
+  space.v_head = a.v_head_stride;
+  // The state lives in the chunk's place of the partial results.
   const size_t at = (size_t)chunk * r.num_qo_heads;
-  auto state = [&](int h) {
-    const size_t first = at + (size_t)h * group;
-    return HeadState{q + (size_t)h * group * D, out.acc + first * D, out.m + first, out.l + first};
-  };
-  for (int h = 0; h < heads; h++)
-    state(h).start(pool.q(h), r.q_head_stride, group, D, r.sm_scale);
+  HeadState st{q, out.acc + at * D, out.m + at, out.l + at};
+  st.start(pool.q(0), r.q_head_stride, r.num_qo_heads, D, r.sm_scale);
 
   const int begin = chunk * chunk_pages(r);
   const int end = std::min(num_pages(r, row), begin + chunk_pages(r));
-  for (int p = begin; p < end; p++)
-    for (int h = 0; h < heads; h++) {
-      const bool last_head = h + 1 == heads;
-      const int next_page = last_head ? (p + 1 < end ? p + 1 : -1) : p;
-      HeadState st = state(h);
-      const PageView<T> view = pool.view(p, h, next_page, last_head ? 0 : h + 1);
-      attend_page(st, group, D, view, logits, pitch, nullptr);
-    }
+  auto fill = [&](Block<T>& b, int first) {
+    b.tokens = 0;
+    for (int p = first; p < std::min(end, first + step); p++) pool.append(b, &p, 1, 0);
+  };
+  fill(space.ahead, begin);
+  for (int p = begin; p < end; p += step) {
+    std::swap(space.now, space.ahead);
+    fill(space.ahead, p + step);
+    attend_block(st, heads, group, D, space, PageMass{});
+  }
 }
 
 // Merges the chunks of one row and KV head by log-sum-exp, in order, and writes the result.

@@ -24,20 +24,31 @@ struct Estimates {
   float* head(int g) { return log_mass + (size_t)g * pitch; }
   const float* head(int g) const { return log_mass + (size_t)g * pitch; }
 
-  void copy_from(const float* rows, int64_t row_stride) {
+  // True if a page is stale: the estimate of any head is +inf or NaN.
+  bool copy_from(const float* rows, int64_t row_stride) {
+    I known = set1i(-1);
     for (int g = 0; g < group; g++) {
-      std::memcpy(head(g), rows + g * row_stride, pages * sizeof(float));
-      for (int p = pages; p < pitch; p++) head(g)[p] = -INF;
+      const float* from = rows + g * row_stride;
+      float* to = head(g);
+      const int whole = pages / LANES * LANES;
+      for (int p = 0; p < whole; p += LANES) {
+        const F x = loadu<F>(from + p);
+        known &= x < set1(INF);
+        storeu(to + p, x);
+      }
+      for (int p = whole; p < pitch; p++) to[p] = p < pages ? from[p] : -INF;
+      if (whole < pages) known &= loadu<F>(to + whole) < set1(INF);
     }
+    return any(~known);
   }
-  void remove(int page) {
-    for (int g = 0; g < group; g++) head(g)[page] = -INF;
+  // A stale page has no estimate for any head.
+  void forget(int page) {
+    for (int g = 0; g < group; g++) head(g)[page] = INF;
   }
-  // stale[page] = 1 where the estimate of any head is +inf or NaN
-  void mark_stale(uint8_t* stale) const {
-    std::memset(stale, 0, pages);
-    for (int g = 0; g < group; g++)
-      for (int p = 0; p < pages; p++) stale[p] |= !(head(g)[p] < INF);
+  bool is_stale(int page) const {
+    bool known = true;
+    for (int g = 0; g < group; g++) known &= head(g)[page] < INF;
+    return !known;
   }
 };
 
@@ -66,8 +77,13 @@ struct LeftMass {
     }
     started = sum;
   }
-  // The page with this estimate has left the set.
-  void subtract(float estimate) { sum -= exp1(estimate - base); }
+  // Pages with these estimates, [padded to LANES with -inf], have left the set.
+  void subtract(const float* estimates, int count) {
+    F part{};
+    if (!(base > -INF)) return;
+    for (int p = 0; p < count; p += LANES) part += exp(loadu<F>(estimates + p) - base);
+    sum -= hsum(part);
+  }
   void refresh(const Estimates& e, int g) {
     if (sum < 0.01 * started) compute(e, g);
   }

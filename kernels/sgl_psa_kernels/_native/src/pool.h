@@ -28,22 +28,24 @@ struct RowPool {
     return static_cast<const T*>(a.v) + first_slot(page) * a.v_token_stride +
            kv_head * a.v_head_stride;
   }
-  // Page `page` of head `kv_head`; (next_page, next_head) is prefetched, next_page < 0 = nothing.
-  PageView<T> view(int page, int kv_head, int next_page, int next_head) const {
-    PageView<T> p;
-    p.k = k(page, kv_head);
-    p.v = v(page, kv_head);
-    p.k_stride = a.k_token_stride;
-    p.v_stride = a.v_token_stride;
-    p.tokens = tokens_in_page(a.rows, row, page);
-    p.next_k = next_page < 0 ? nullptr : k(next_page, next_head);
-    p.next_v = next_page < 0 ? nullptr : v(next_page, next_head);
-    return p;
+  // Appends the rows of pages[0 .. count), logical pages, of head `kv_head`.
+  void append(Block<T>& b, const int* logical, int count, int kv_head) const {
+    for (int i = 0; i < count; i++) {
+      const int page = logical[i], tokens = tokens_in_page(a.rows, row, page);
+      const T *k_row = k(page, kv_head), *v_row = v(page, kv_head);
+      for (int t = 0; t < tokens; t++) {
+        b.k[b.tokens] = k_row + t * a.k_token_stride;
+        b.v[b.tokens++] = v_row + t * a.v_token_stride;
+      }
+    }
   }
 
  private:
   int64_t first_slot(int page) const { return (int64_t)pages[page] * a.rows.page_size; }
 };
+
+// Pages of one block, at least one.
+inline int block_pages(const PsaRows& r) { return std::max(1, BLOCK_TOKENS / r.page_size); }
 
 // Writes out and lse of the head with index `at` in [batch * Hq] from head g of a finished state.
 template <class T>

@@ -8,8 +8,6 @@
 
 namespace psa {
 
-constexpr int PREFETCH_PAGES = 2;  // distance between the page attended and the page fetched
-
 template <class T>
 class Progressive {
  public:
@@ -21,42 +19,47 @@ class Progressive {
         group_(a.rows.num_qo_heads / a.rows.num_kv_heads),
         n_(num_pages(a.rows, row)),
         dim_(a.rows.head_dim),
-        pitch_(padded(a.rows.page_size) + 4),
-        attend_page_(attend_page_for<T>(dim_)),
+        step_(block_pages(a.rows)),
+        step_pitch_(padded(step_)),
+        mode_(a.mode[row]),
+        attend_block_(attend_block_for<T>(dim_)),
         attended_(attended_of(a, row, kv_head)) {
+    const int tokens = step_ * a.rows.page_size;
     scratch.reset(HeadState::bytes(group_, dim_) + Estimates::bytes(group_, n_) +
-                  Scratch::need<float>((size_t)HEAD_BLOCK * pitch_) + Scratch::need<uint8_t>(n_) +
-                  Scratch::need<uint64_t>(n_) + Scratch::need<int>(n_) +
-                  4 * Scratch::need<float>(group_) + 2 * Scratch::need<Residuals>(group_) +
+                  BlockSpace<T>::bytes(group_, tokens) + Ranking::bytes(n_) +
+                  Scratch::need<int>(n_) + Scratch::need<int>(step_) +
+                  2 * Scratch::need<float>(group_ * step_pitch_) +
+                  3 * Scratch::need<float>(group_) + 2 * Scratch::need<Residuals>(group_) +
                   Scratch::need<LeftMass>(group_));
     st_.take(scratch, group_, dim_);
     left_.take(scratch, group_, n_);
-    logits_ = scratch.take<float>((size_t)HEAD_BLOCK * pitch_);
-    stale_ = scratch.take<uint8_t>(n_);
-    entries_ = scratch.take<uint64_t>(n_);
-    forced_ = scratch.take<int>(n_);
+    space_.take(scratch, group_, tokens);
+    space_.k_head = space_.v_head = 0;
+    order_.take(scratch, n_);
+    picked_ = scratch.take<int>(n_);
+    then_ = scratch.take<int>(step_);
+    mass_ = scratch.take<float>(group_ * step_pitch_);
+    estimate_ = scratch.take<float>(group_ * step_pitch_);
     total_ = scratch.take<float>(group_);
-    rest_ = scratch.take<LeftMass>(group_);
     kappa_ = scratch.take<float>(group_);
-    mass_ = scratch.take<float>(group_);
     bar_ = scratch.take<float>(group_);
     residuals_ = scratch.take<Residuals>(group_);
     earlier_ = scratch.take<Residuals>(group_);
+    rest_ = scratch.take<LeftMass>(group_);
   }
 
   void run() {
     if (attended_) std::memset(attended_, 0, a_.rows.max_pages);
     st_.start(pool_.q(head_), a_.rows.q_head_stride, group_, dim_, a_.rows.sm_scale);
     const int64_t at = first_head();
-    left_.copy_from(a_.log_mass + at * a_.rows.max_pages, a_.rows.max_pages);
-    attend_forced();
-    Ranking order(entries_);
+    const bool stale = left_.copy_from(a_.log_mass + at * a_.rows.max_pages, a_.rows.max_pages);
+    attend_forced(stale);
     if (pages_done_ < n_) {
-      rank(order);
-      if (a_.mode[row_] == PSA_MARGINAL)
-        marginal(order);
+      rank();
+      if (mode_ == PSA_MARGINAL)
+        marginal();
       else
-        coverage(order);
+        coverage();
     }
     for (int g = 0; g < group_; g++) {
       write_head<T>(a_, at + g, st_, g);
@@ -69,28 +72,58 @@ class Progressive {
  private:
   int64_t first_head() const { return (int64_t)row_ * a_.rows.num_qo_heads + head_ * group_; }
 
-  void attend(int page, int fetch, bool want_mass) {
-    const PageView<T> p = pool_.view(page, head_, fetch, head_);
-    attend_page_(st_, group_, dim_, p, logits_, pitch_, want_mass ? mass_ : nullptr);
-    left_.remove(page);
-    if (attended_) attended_[page] = 1;
-    pages_done_++;
-    tokens_done_ += p.tokens;
+  // Attends pages in blocks and takes them out of the estimates; `then` are pages likely to follow.
+  // brought: the first block is on its way to L2. compare: adds the residuals of the pages.
+  void attend(const int* pages, int count, const int* then, int then_count, bool brought,
+              bool compare) {
+    if (!count) return;
+    fill(space_.now, pages, count);
+    if (!brought)
+      for (int t = 0; t < std::min(AHEAD_ONE_HEAD, space_.now.tokens); t++)
+        prefetch_row(space_.now.k[t], dim_);
+    const PageMass wanted{compare ? mass_ : nullptr, step_pitch_, a_.rows.page_size};
+    for (int i = 0; i < count; i += step_) {
+      const int end = std::min(i + step_, count);
+      if (end < count)
+        fill(space_.ahead, pages + end, count - end);
+      else
+        fill(space_.ahead, then, then_count);
+      attend_block_(st_, 1, group_, dim_, space_, wanted);
+      tokens_done_ += space_.now.tokens;
+      leave(pages + i, end - i, compare);
+      std::swap(space_.now, space_.ahead);
+    }
+    pages_done_ += count;
+  }
+  void fill(Block<T>& b, const int* pages, int count) {
+    b.tokens = 0;
+    pool_.append(b, pages, std::min(step_, count), head_);
   }
 
-  // Attends a page; if wanted, its residuals are added.
-  void attend_and_compare(int page, int fetch, bool wanted) {
-    for (int g = 0; wanted && g < group_; g++) bar_[g] = left_.head(g)[page];
-    attend(page, fetch, wanted);
-    for (int g = 0; wanted && g < group_; g++) residuals_[g].add(mass_[g], bar_[g]);
+  // The pages of one block leave the estimates.
+  void leave(const int* pages, int count, bool compare) {
+    for (int g = 0; g < group_; g++) {
+      float *from = left_.head(g), *to = estimate_ + g * step_pitch_;
+      for (int i = 0; i < count; i++) {
+        to[i] = from[pages[i]];
+        from[pages[i]] = -INF;
+      }
+      for (int i = count; i < padded(count); i++) to[i] = -INF;
+      if (ranked_) rest_[g].subtract(to, count);
+      const float* exact = mass_ + g * step_pitch_;
+      for (int i = 0; compare && i < count; i++) residuals_[g].add(exact[i], to[i]);
+    }
+    if (attended_)
+      for (int i = 0; i < count; i++) attended_[pages[i]] = 1;
   }
+
   // Of the residuals since they were cleared, never below the correction that the call began with.
   float correction(int g) const {
     const float kappa = residuals_[g].correction(a_.kappa_std[row_], a_.kappa_floor[row_]);
     return a_.kappa_start ? std::max(kappa, a_.kappa_start[first_head() + g]) : kappa;
   }
   float start(int g) const {
-    if (!a_.kappa_start || a_.mode[row_] != PSA_COVERAGE) return 0;
+    if (!a_.kappa_start || mode_ != PSA_COVERAGE) return 0;
     return std::max(a_.kappa_start[first_head() + g], a_.kappa_floor[row_]);
   }
   // Starts the residuals of another group.
@@ -101,50 +134,44 @@ class Progressive {
     }
   }
 
-  void attend_forced() {
-    left_.mark_stale(stale_);
-    const int recent = n_ - std::max(a_.recent_pages, 1);
-    int count = 0;
-    for (int p = 0; p < n_; p++) {
-      stale_pages_ += stale_[p];
-      if (p < a_.sink_pages || p >= recent || stale_[p]) forced_[count++] = p;
-    }
-    const bool conservative = a_.mode[row_] == PSA_CONSERVATIVE;
-    const bool wanted =
-        conservative || (a_.residuals && a_.mode[row_] == PSA_COVERAGE);
+  void attend_forced(bool any_stale) {
+    const int sink = std::min(a_.sink_pages, n_);
+    const int recent = std::max(n_ - std::max(a_.recent_pages, 1), sink);
+    forced_ = 0;
+    for (int p = 0; p < sink; p++) picked_[forced_++] = p;
+    for (int p = sink; any_stale && p < recent; p++)
+      if (left_.is_stale(p)) picked_[forced_++] = p;
+    for (int p = recent; p < n_; p++) picked_[forced_++] = p;
+    for (int i = 0; any_stale && i < forced_; i++)
+      if (left_.is_stale(picked_[i])) {
+        stale_pages_++;
+        left_.forget(picked_[i]);
+      }
+    const bool conservative = mode_ == PSA_CONSERVATIVE;
+    const bool compare = conservative || (a_.residuals && mode_ == PSA_COVERAGE);
     for (int g = 0; g < group_; g++) residuals_[g].clear(), earlier_[g].clear();
-    for (int i = 0; i < count; i++) {
-      const int ahead = i + PREFETCH_PAGES, page = forced_[i];
-      attend_and_compare(page, ahead < count ? forced_[ahead] : -1,
-                         wanted && !stale_[page]);
-    }
+    attend(picked_, forced_, nullptr, 0, false, compare);
     for (int g = 0; g < group_; g++) kappa_[g] = conservative ? correction(g) : start(g);
-    scored_ = n_ - count;
+    scored_ = n_ - forced_;
   }
 
-  // Adds the pages worth ordering. For the marginal rule these are the pages that pass the test
-  // now: the attended mass only grows, so no other page can pass it later.
-  void rank(Ranking& order) {
+  void rank() {
     for (int g = 0; g < group_; g++) {
       rest_[g].compute(left_, g);
       total_[g] = log_add_exp(st_.log_mass(g), rest_[g].log_sum());
-      bar_[g] = a_.mode[row_] == PSA_MARGINAL ? st_.log_mass(g) + a_.threshold[row_] : -INF;
     }
-    const bool all = a_.mode[row_] != PSA_MARGINAL;
+    ranked_ = true;
+    float* keys = order_.keys();
     for (int p = 0; p < n_; p += LANES) {
-      F key = set1(-INF);
-      I pass{};
-      for (int g = 0; g < group_; g++) {
-        const F m = loadu<F>(left_.head(g) + p);
-        key = max(key, m - total_[g]);
-        pass |= m > set1(bar_[g]);
-      }
-      for (int i = 0; i < LANES && p + i < n_; i++)
-        if (all ? !is_forced(p + i) : pass[i] != 0) order.add(key[i], p + i);
+      F key = set1(Ranking::LOWEST);
+      for (int g = 0; g < group_; g++) key = max(loadu<F>(left_.head(g) + p) - total_[g], key);
+      storeu(keys + p, key);
     }
-  }
-  bool is_forced(int p) const {
-    return p < a_.sink_pages || p >= n_ - std::max(a_.recent_pages, 1) || stale_[p];
+    for (int p = n_; p % LANES; p++) keys[p] = -INF;
+    for (int i = 0; i < forced_; i++) keys[picked_[i]] = -INF;
+    F top = set1(-INF);
+    for (int p = 0; p < n_; p += LANES) top = max(top, loadu<F>(keys + p));
+    order_.start(hmax(top));
   }
 
   // Pages of the next group; a prediction makes the first one larger.
@@ -154,44 +181,64 @@ class Progressive {
     return std::max(a_.group_pages, std::min(end, n_) - pages_done_);
   }
 
-  void marginal(Ranking& order) {
-    int next = 0;
-    for (;;) {
-      for (int g = 0; g < group_; g++) bar_[g] = st_.log_mass(g) + a_.threshold[row_];
-      const int size = group_size();
-      int picked = 0;
-      // The whole group is judged against the mass attended before it.
-      for (; next < order.size() && picked < size; next++) {
-        const int page = order[next];
-        bool worth = false;
-        for (int g = 0; g < group_; g++) worth |= left_.head(g)[page] > bar_[g];
-        if (!worth) continue;
-        attend(page, order.peek(next + PREFETCH_PAGES), false);
-        picked++;
-      }
-      if (!picked) break;
-      rounds_++;
-    }
-    for (int g = 0; g < group_; g++) rest_[g].compute(left_, g);
+  // The mass that a page has to exceed by the marginal rule, as things stand.
+  void set_bars() {
+    for (int g = 0; g < group_; g++) bar_[g] = st_.log_mass(g) + a_.threshold[row_];
+  }
+  bool worth(int page) const {
+    bool more = false;
+    for (int g = 0; g < group_; g++) more |= left_.head(g)[page] > bar_[g];
+    return more;
   }
 
-  void coverage(Ranking& order) {
+  // A page that does not pass the test now cannot pass it later: the attended mass only grows.
+  void marginal() {
+    const auto keep = [&](int p) {
+      I pass{};
+      for (int g = 0; g < group_; g++) pass |= loadu<F>(left_.head(g) + p) > set1(bar_[g]);
+      return pass;
+    };
+    for (;;) {
+      set_bars();
+      const int size = group_size();
+      int count = 0;
+      // The whole group is judged against the mass attended before it.
+      while (count < size) {
+        order_.prepare(1, keep);
+        if (!order_.prepared()) break;
+        const int page = order_.pop();
+        if (worth(page)) picked_[count++] = page;
+      }
+      if (!count) break;
+      int then = 0;
+      if (count == size) {
+        order_.prepare(step_, keep);
+        for (int i = 0; i < order_.prepared() && then < step_; i++)
+          if (worth(order_.peek(i))) then_[then++] = order_.peek(i);
+      }
+      attend(picked_, count, then_, then, rounds_ > 0, false);
+      rounds_++;
+    }
+    for (int g = 0; g < group_; g++) rest_[g].refresh(left_, g);
+  }
+
+  void coverage() {
     const float threshold = a_.threshold[row_];
-    int next = 0;
+    const auto keep = [](int) { return set1i(-1); };
     for (;;) {
       bool stop = true;
       for (int g = 0; g < group_; g++) {
         rest_[g].refresh(left_, g);
         stop &= rest_[g].log_sum() + kappa_[g] <= st_.log_mass(g) + threshold;
       }
-      if (stop || next == order.size()) break;
-      const int end = std::min(order.size(), next + group_size());
-      if (a_.mode[row_] == PSA_COVERAGE) next_group();
-      for (; next < end; next++) {
-        const int page = order[next];
-        attend_and_compare(page, order.peek(next + PREFETCH_PAGES), true);
-        for (int g = 0; g < group_; g++) rest_[g].subtract(bar_[g]);
-      }
+      const int size = group_size();
+      order_.prepare(size > n_ - step_ ? n_ : size + step_, keep);
+      if (stop || !order_.prepared()) break;
+      if (mode_ == PSA_COVERAGE) next_group();
+      int count = 0, then = 0;
+      while (count < size && order_.prepared()) picked_[count++] = order_.pop();
+      while (then < std::min(step_, order_.prepared())) then_[then] = order_.peek(then), then++;
+      attend(picked_, count, then_, then, rounds_ > 0, true);
       for (int g = 0; g < group_; g++) kappa_[g] = correction(g);
       rounds_++;
     }
@@ -215,18 +262,22 @@ class Progressive {
 
   const PsaDecodeArgs& a_;
   const RowPool<T> pool_;
-  const int row_, head_, group_, n_, dim_, pitch_;
-  const AttendPage<T> attend_page_;
+  const int row_, head_, group_, n_, dim_;
+  const int step_, step_pitch_;  // pages of a block; the same padded to LANES
+  const int mode_;
+  const AttendBlock<T> attend_block_;
   uint8_t* const attended_;
   HeadState st_;
+  BlockSpace<T> space_;
   Estimates left_;
-  uint8_t* stale_;
-  uint64_t* entries_;
-  int* forced_;
-  float *logits_, *total_, *kappa_, *mass_, *bar_;
+  Ranking order_;
+  int *picked_, *then_;
+  float *total_, *kappa_, *bar_;
+  float *mass_, *estimate_;          // of the pages of a block, [G][step_pitch_]
   Residuals *residuals_, *earlier_;  // of the last group (conservative: of all), of those before
-  LeftMass* rest_;
-  int pages_done_ = 0, tokens_done_ = 0, scored_ = 0, rounds_ = 0, stale_pages_ = 0;
+  LeftMass* rest_;                   // follows left_ once the pages are ranked
+  bool ranked_ = false;
+  int pages_done_ = 0, tokens_done_ = 0, forced_ = 0, scored_ = 0, rounds_ = 0, stale_pages_ = 0;
 };
 
 }  // namespace psa

@@ -72,6 +72,21 @@ inline F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 inline F max(F a, F b) { return a > b ? a : b; }
 inline F min(F a, F b) { return a < b ? a : b; }
 #endif
+// Bit i: lane i of a comparison's result is true.
+inline uint32_t mask_of(I lanes) {
+#if PSA_WIDTH == 512
+  return _mm512_movepi32_mask((__m512i)lanes);
+#elif PSA_WIDTH == 256
+  return _mm256_movemask_ps((__m256)lanes);
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)lanes);
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < LANES; i++) mask |= (uint32_t)(lanes[i] != 0) << i;
+  return mask;
+#endif
+}
+inline bool any(I lanes) { return mask_of(lanes) != 0; }
 inline F abs(F a) { return (F)((I)a & 0x7fffffff); }
 // to nearest, ties to even; |x| < 2^22
 inline F round_small(F x) { return (x + 12582912.0f) - 12582912.0f; }
@@ -86,10 +101,13 @@ __attribute__((always_inline)) inline void unrolled(Fn f) {
   unrolled(f, std::make_integer_sequence<int, N>{});
 }
 
-inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Inlined by force: GCC drops calls of functions that do nothing but prefetch.
+__attribute__((always_inline)) inline void prefetch_l2(const void* p) {
+  __builtin_prefetch(p, 0, 2);
+}
 
 // bytes at p to L2, one request per cache line
-inline void prefetch_range(const void* p, int64_t bytes) {
+__attribute__((always_inline)) inline void prefetch_range(const void* p, int64_t bytes) {
   const char* c = static_cast<const char*>(p);
   for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(c + i);
 }
