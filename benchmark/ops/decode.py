@@ -27,7 +27,8 @@ def rules() -> dict[str, dict[str, Any]]:
 
 
 def ops(s: Setting, **settings: Any) -> list[Op]:
-    """All of them; ``settings`` of :class:`PSAConfig` hold for each."""
+    """All of them; ``settings`` of :class:`PSAConfig` hold for each. Sparse in any context."""
+    settings = {"min_context": 0, **settings}
     scorer = s.scorer(PSAConfig(**settings))
     log_mass = scorer.score(0, s.q, s.pages, s.scale)
     found = [_given("dense_decode", s, PSAConfig(policy="dense", **settings), None)]
