@@ -3,9 +3,9 @@
     python -m benchmark.crossover --lengths 1024,2048,3072,4096,6144,8192
 
 Steps of ``LAYERS`` layers at the default settings, planning and statistics included, sparse and
-dense in turn in every round, for several head shapes. The crossover of a shape
-is the least measured length from which on sparse decoding is nowhere slower; the longest one is
-what ``sgl_psa.crossover`` holds for the backend.
+dense in turn in every round, for several head shapes. The crossover of a shape is the least
+measured length from which on sparse decoding is nowhere slower; the value in use,
+``sgl_psa.crossover``, is not below the longest one.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sgl_psa.config import AUTO_CONTEXT, PSAConfig
 
-#: Tokens of context, by kernel backend. ``cpu``: the longest crossover of the head shapes that
-#: ``python -m benchmark.crossover`` measures, at the default settings. The others have not been
-#: measured on a machine that they are for.
+#: Tokens of context, by kernel backend. ``cpu``: between 2048 and 4096 for the head shapes of
+#: ``python -m benchmark.crossover`` at the default settings. The others have not been measured on a
+#: machine that they are for.
 CROSSOVER = {"cpu": 4096, "torch": 1024, "triton": 1024, "reference": 1024}
 
 
