@@ -84,9 +84,10 @@ class PSAAttentionBackend(AttentionBackend):
         self._announced = False
         state.set_backend(self)
         logger.info(
-            "psa backend ready: kernels=%s page_size=%d %s",
+            "psa backend ready: kernels=%s page_size=%d sparse from %d tokens on, %s",
             self.pool.kernel_backend,
             self.pool.page_size,
+            self.wrapper.min_context,
             self.config.as_dict(),
         )
 

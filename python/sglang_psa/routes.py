@@ -19,7 +19,7 @@ from sglang_psa.server_args import uses_psa
 ROUTE = "/psa/stats"
 KEY = "psa"
 #: Fields of the statistics that are the same in every rank.
-COMMON = ("config", "backend", "isa", "page_size", "tp_size", "scope")
+COMMON = ("config", "backend", "isa", "page_size", "sparse_from", "tp_size", "scope")
 
 
 def describe(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
@@ -34,6 +34,7 @@ def describe(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         "backend": backend.wrapper.backend,
         "isa": _isa(backend.wrapper.backend),
         "page_size": backend.wrapper.page_size,
+        "sparse_from": backend.wrapper.min_context,
         "dp_rank": ranks.dp_rank or 0,
         "tp_rank": ranks.tp_rank,
         "tp_size": ranks.tp_size,

@@ -1,9 +1,11 @@
 """Candidate pages: binding of the C++ kernel."""
 
+from collections.abc import Sequence
+
 import torch
 
 from sgl_psa_kernels._native import abi
-from sgl_psa_kernels._native.call import PreparedCall, call, require_cpu
+from sgl_psa_kernels._native.call import PreparedCall, require_cpu
 
 
 def choose(
@@ -15,27 +17,18 @@ def choose(
     count: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.candidate_pages.candidate_pages`."""
-    op = "candidate_pages"
-    require_cpu(op, log_mass, seq_lens, active)
-    batch, num_qo_heads, max_pages = log_mass.shape
-    flags = torch.empty(batch, num_kv_heads, max_pages, dtype=torch.uint8)
-    chosen = torch.empty(batch, num_kv_heads, dtype=torch.int32)
-    args = abi.CandidateArgs(
-        batch=batch,
-        num_qo_heads=num_qo_heads,
+    require_cpu("candidate_pages", log_mass, seq_lens, active)
+    choice = PreparedChoice(
+        log_mass.shape,
+        seq_lens,
+        active,
         num_kv_heads=num_kv_heads,
         page_size=page_size,
-        max_pages=max_pages,
-        count=min(count, max_pages),
-        num_threads=torch.get_num_threads(),
-        log_mass=log_mass.data_ptr(),
-        seq_lens=seq_lens.data_ptr(),
-        active=active.data_ptr(),
-        candidates=flags.data_ptr(),
-        chosen=chosen.data_ptr(),
+        count=count,
     )
-    call(op, "psa_candidate_pages", args)
-    return flags, chosen
+    chosen = torch.empty(1, *choice.flags.shape[:2], dtype=torch.int32)
+    choice(log_mass, chosen, 0)
+    return choice.flags, chosen[0]
 
 
 class PreparedChoice:
@@ -47,7 +40,7 @@ class PreparedChoice:
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: Sequence[int],
         seq_lens: torch.Tensor,
         active: torch.Tensor,
         *,
