@@ -35,6 +35,7 @@ def huge_pages_are_given() -> bool:
 def test_large_tensors_may_have_huge_pages() -> None:
     tensor = torch.ones(4 * LARGE, dtype=torch.uint8)
     assert huge_pages.zero_in_huge_pages(tensor)
+    assert mapping(tensor)["Rss"] == 0, "memory that nobody uses yet is taken"
     assert not tensor.any()
     assert mapping(tensor)["THPeligible"] == 1
 
