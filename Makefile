@@ -66,7 +66,7 @@ bench-ops: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmark.ops --out out $(if $(filter-out 0,$(QUICK)),--quick)
 
 bench-serving: $(READY)
-	$(BIN)/python -m benchmark.serving --out out $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) \
+	$(BIN)/python -m benchmark.serving --out out --vllm-python $(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) \
 		$(if $(filter-out 0,$(RESUME)),--resume) \
 		$(if $(filter-out 0,$(QUICK)),--quick,$(if $(filter-out 0,$(FULL)),--full))
 

@@ -155,7 +155,7 @@ def vllm_missing(python: str | None) -> str | None:
             [python, "-c", "import vllm"], capture_output=True, text=True, timeout=START_S
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{python}: {error}"
+        return f"{python}: {error}; run `make vllm-env`"
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return f"{python} cannot import vllm ({last}): run `make vllm-env`"

@@ -3,7 +3,8 @@
 import torch
 
 from sgl_psa_kernels._native import abi
-from sgl_psa_kernels._native.call import call, dtype_code, require_cpu, rows
+from sgl_psa_kernels._native.call import call, dtype_code, require_cpu
+from sgl_psa_kernels.key_sketch.prepared import PreparedScore
 
 
 def write(
@@ -56,28 +57,21 @@ def score(
 ) -> torch.Tensor:
     """See :func:`sgl_psa_kernels.key_sketch.score`."""
     op = "key_sketch.score"
-    require_cpu(op, q, codes, affine, watermark, page_table, seq_lens, active, candidates, log_mass)
+    require_cpu(op, log_mass)
     if log_mass is None:
         log_mass = torch.empty(q.shape[0], q.shape[1], page_table.shape[1], dtype=torch.float32)
-    args = abi.SketchScoreArgs(
-        rows=rows(
-            op,
-            q,
-            page_table,
-            seq_lens,
-            num_kv_heads=codes.shape[1],
-            num_pages=codes.shape[0],
-            page_size=page_size,
-            sm_scale=sm_scale,
-        ),
+    prepared = PreparedScore(
+        q,
+        codes[None],
+        affine[None],
+        watermark[None],
+        page_table,
+        seq_lens,
+        active,
+        candidates,
+        None,
         bits=bits,
-        affine_width=affine.shape[3],
-        codes=codes.data_ptr(),
-        affine=affine.data_ptr(),
-        watermark=watermark.data_ptr(),
-        active=active.data_ptr(),
-        candidates=None if candidates is None else candidates.data_ptr(),
-        log_mass=log_mass.data_ptr(),
+        page_size=page_size,
     )
-    call(op, "psa_sketch_score", args)
+    prepared(0, q, log_mass, sm_scale)
     return log_mass
