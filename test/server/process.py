@@ -51,6 +51,14 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     return {**clean, **fixed, **(extra or {})}
 
 
+def _runs(process: psutil.Process) -> bool:
+    """Whether it neither ended nor waits to be reaped; it may end while it is asked."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Process:
     """A child process with its own session, its log and its descendants."""
 
@@ -87,7 +95,7 @@ class Process:
             self._family.update([root, *root.children(recursive=True)])
         except psutil.NoSuchProcess:
             pass
-        return [p for p in self._family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in self._family if _runs(process)]
 
     def signal(self, number: int) -> None:
         """Send a signal to the parent process alone, as a shell or a supervisor does."""
