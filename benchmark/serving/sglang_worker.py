@@ -26,6 +26,7 @@ def start(settings: dict[str, Any]) -> tuple[Generate, Callable[[], None], str]:
         mem_fraction_static=0.5,
         stream_interval=1,
         sleep_on_idle=True,
+        watchdog_timeout=7200,  # A long prompt in one piece takes a slow CPU many minutes.
         log_level="error",
         **settings["arguments"],
     )
