@@ -73,9 +73,17 @@ def test_every_field_has_a_flag_that_reaches_the_config(monkeypatch):
         "predict_rho": 0.5,
         "budget_prior": "prior.json",
     }
-    assert set(values) == {f.name for f in fields()}
-    flags = [x for k, v in values.items() for x in (f"--psa-{k.replace('_', '-')}", str(v))]
-    assert psa_config(parse(*PSA, *flags)) == PSAConfig(**values)
+    tiers = {
+        "device_pool_bytes": 1 << 20,
+        "host_pool_bytes": 1 << 30,
+        "host_path": "/tmp",
+        "placement": "even",
+        "pipeline": False,
+    }
+    assert {*values, *tiers} == {f.name for f in fields()}
+    for given in (values, {**values, **tiers, "compensate": False, "audit_rate": 0.0}):
+        flags = [x for k, v in given.items() for x in (f"--psa-{k.replace('_', '-')}", str(v))]
+        assert psa_config(parse(*PSA, *flags)) == PSAConfig(**given)
 
 
 def test_a_policy_brings_its_scorer_into_the_arguments():
