@@ -128,4 +128,4 @@ def test_a_dense_server_has_no_route(monkeypatch: pytest.MonkeyPatch) -> None:
     assert added == []
     args.decode_attention_backend = "psa"
     routes.add_route(args, None)
-    assert [route.path for route in added[0].routes] == ["/psa/stats"]
+    assert [route.path for route in added[0].routes] == ["/psa/stats", "/psa/memory/check"]

@@ -58,7 +58,7 @@ def pool(backend):
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"policy": "topk", "budget_pages": 9}, {"predict": True}, {"policy": "dense"}],
+    [{}, {"policy": "topk", "scorer": "two_level", "budget_pages": 9}, {"predict": True}, {"policy": "dense"}],
     ids=str,
 )
 def test_outputs_are_those_of_the_resident_pool(monkeypatch, tmp_path, backend, settings, place):
@@ -69,7 +69,7 @@ def test_outputs_are_those_of_the_resident_pool(monkeypatch, tmp_path, backend, 
     for changes in ({}, tiers(**where)):
         driver = Driver(make_backend(monkeypatch, **common, **changes))
         steps = [("extend", {0: 90, 1: 24}), ("extend", {1: 100, 2: 3}), ("extend", {0: 40})]
-        steps += [("decode", {0: 1, 1: 1, 2: 1})] * 20 + [("extend", {3: 150, 2: 30})]
+        steps += [("decode", {0: 1, 1: 1, 2: 1})] * 20 + [("extend", {3: 90, 2: 30})]
         steps += [("decode", {3: 1, 1: 1})] * 3
         results.append([out for step in steps for out, _ in driver.step(*step)])
         pool = driver.backend.pool
