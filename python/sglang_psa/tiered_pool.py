@@ -37,9 +37,7 @@ class PSATieredKVPool(PSAKVPool):
         host = 2 * row * self.page_size * shape.num_pages * self.layer_num
         device = min(self._psa_config.device_pool_bytes, host)
         self.tier = TieredCache.build(
-            dataclasses.replace(
-                self._psa_config, host_pool_bytes=host, device_pool_bytes=device
-            ),
+            dataclasses.replace(self._psa_config, host_pool_bytes=host, device_pool_bytes=device),
             num_layers=self.layer_num,
             page_size=self.page_size,
             num_kv_heads=self.head_num,
