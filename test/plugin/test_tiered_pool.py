@@ -210,6 +210,10 @@ def test_tiers_that_cannot_work_are_refused_at_the_start(tmp_path):
         PSAConfig(**tiers(1, host_pool_bytes=3 * LAYERS * FRAME)),
     )
     refused("no file can be made there", PSAConfig(**tiers(host_path=str(tmp_path / "none"))))
+    uneven = PSAConfig(**tiers(FEWEST * LAYERS - 1, placement="even"))
+    refused("placement='even' leaves .* or placement to demand", uneven)
+    full = PSAConfig(**tiers(host_path=str(tmp_path), host_pool_bytes=1 << 60))
+    refused("bytes free, host_pool_bytes of 2 ranks take", full, tp_size=2)
     huge = PSAConfig(**tiers(host_pool_bytes=1 << 60))
     refused("the machine has .* or set host_path to a folder", huge)
 
