@@ -48,7 +48,7 @@ def test_defaults_are_the_configs():
     assert args.get_attention_backends() == ("psa", "psa")
 
 
-def test_every_field_has_a_flag_that_reaches_the_config(monkeypatch):
+def test_every_field_has_a_flag_that_reaches_the_config(monkeypatch, tmp_path):
     monkeypatch.setattr(module.prefix_budgets, "check_prior", lambda *args: None)
     values = {
         "policy": "psa",
@@ -74,16 +74,18 @@ def test_every_field_has_a_flag_that_reaches_the_config(monkeypatch):
         "budget_prior": "prior.json",
     }
     tiers = {
-        "device_pool_bytes": 1 << 20,
-        "host_pool_bytes": 1 << 30,
-        "host_path": "/tmp",
-        "placement": "even",
+        "device_pool_bytes": "1.5M",
+        "host_pool_bytes": 1 << 26,
+        "host_path": str(tmp_path),
+        "placement": "lru",
         "pipeline": False,
     }
-    assert {*values, *tiers} == {f.name for f in fields()}
-    for given in (values, {**values, **tiers, "compensate": False, "audit_rate": 0.0}):
+    assert set(values) | set(tiers) == {f.name for f in fields()}
+    for given in (values, tiers):
         flags = [x for k, v in given.items() for x in (f"--psa-{k.replace('_', '-')}", str(v))]
-        assert psa_config(parse(*PSA, *flags)) == PSAConfig(**given)
+        assert psa_config(parse(*PSA, *flags)) == PSAConfig(
+            **{**given, **({"device_pool_bytes": 3 << 19} if given is tiers else {})}
+        )
 
 
 def test_a_policy_brings_its_scorer_into_the_arguments():
