@@ -25,6 +25,7 @@ FEATURES = (
     "meta_info",
     "metrics",
     "routes",
+    "admission",
 )
 
 
