@@ -139,11 +139,15 @@ def admission_stats() -> dict[str, Any] | None:
     return {**_admission.admission.snapshot(), "held_back": _admission.held_back}
 
 
+def tier_of(scheduler: Any) -> Any:
+    """The ``TieredCache`` of a scheduler's KV pool; ``None`` if that has no tiers."""
+    return getattr(scheduler.token_to_kv_pool_allocator.get_kvcache(), "tier", None)
+
+
 def start(result: None, scheduler: Any) -> None:
     """Begin with the scheduler, if its pool has tiers."""
     global _admission
-    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    tier = getattr(pool, "tier", None)
+    tier = tier_of(scheduler)
     if tier is None or not uses_psa(scheduler.server_args):
         return
     _admission = SchedulerAdmission(scheduler, tier)

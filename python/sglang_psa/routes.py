@@ -13,6 +13,7 @@ from typing import Any
 from sgl_psa.audit.counts import merge_reports
 from sgl_psa.stats import ReadCounts
 from sglang_psa import compat, state
+from sglang_psa.admission import admission_stats
 from sglang_psa.hooks import Hook, Kind
 from sglang_psa.server_args import uses_psa
 
@@ -38,6 +39,7 @@ def describe(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         "dp_rank": ranks.dp_rank or 0,
         "tp_rank": ranks.tp_rank,
         "tp_size": ranks.tp_size,
+        "admission": admission_stats(),
         "scope": f"KV heads of tensor-parallel rank {ranks.tp_rank} of {ranks.tp_size}",
     }
 
