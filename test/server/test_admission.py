@@ -83,7 +83,7 @@ def test_six_requests_take_turns_and_answer_as_if_alone(crowded: Server, prompts
 
 
 def test_penalties_follow_a_request_through_its_pauses(crowded: Server, prompts: Prompts) -> None:
-    """Nothing but the prompt's next tokens is allowed twice, whoever decodes beside it."""
+    """Under a high penalty answers do not repeat themselves."""
     asked = ask(prompts, 4, 7200)
     before = admission(crowded)["pauses"]
     answers = crowded.together(
