@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from sgl_psa.config_field import ConfigError, ConfigField, check_value, unknown_key
+from sgl_psa.config_field import BYTES, ConfigError, ConfigField, check_value, unknown_key
 
 __all__ = [
     "ConfigError",
@@ -50,6 +50,7 @@ ScorerName = Literal[
     "exact",
 ]
 BackendName = Literal["auto", "cpu", "torch", "triton", "reference"]
+PlacementName = Literal["demand", "lru", "even"]
 #: Stands for :data:`sgl_psa.crossover.CROSSOVER` of the kernels in use.
 AUTO_CONTEXT: Literal["auto"] = "auto"
 #: Stands for the policy's own default; a constructed PSAConfig holds a scorer's name instead.
@@ -217,6 +218,44 @@ class PSAConfig:
             "start; none: from the forced pages and one group."
         ),
     ] = ""
+    device_pool_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            extra=BYTES,
+            description="Bytes of K and V near the compute, of each tensor-parallel rank, for the "
+            "pages that layers need now, such as 512M; 0: every page of every layer stays there.",
+        ),
+    ] = 0
+    host_pool_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            extra=BYTES,
+            description="Bytes of the host tier, which holds all K and V of each rank and so says "
+            "how many tokens the server has room for, such as 8G; goes with "
+            "--psa-device-pool-bytes.",
+        ),
+    ] = 0
+    host_path: Annotated[
+        str,
+        Meta(description="Folder in which the host tier is a file; none: it is memory."),
+    ] = ""
+    placement: Annotated[
+        PlacementName,
+        Meta(
+            description="Which page leaves the device pool: the one selected least often lately "
+            "(demand), the one attended longest ago (lru), or that of the same layer, with an "
+            "equal share for every layer (even)."
+        ),
+    ] = "demand"
+    pipeline: Annotated[
+        bool,
+        Meta(
+            description="Load the next group of pages from the host tier while one is attended; "
+            "off: load only what is known to be needed."
+        ),
+    ] = True
 
     def __post_init__(self) -> None:
         for field in _FIELDS:
@@ -231,6 +270,9 @@ class PSAConfig:
         legal.check_prediction(policy, self.predict, self.budget_prior)
         if self.compensate:
             legal.check_compensation(policy, self.scorer)
+        from sgl_psa.memory import legal as memory
+
+        memory.check(self)
         if self.scorer == "two_level" and self.sketch_bits == 1:
             raise ConfigError(
                 "scorer='two_level' reads one bit first and sketch_bits second: set sketch_bits to "
@@ -260,6 +302,11 @@ class PSAConfig:
             **{k: v for k, v in (flags or {}).items() if v is not None},
         }
         return cls(**convert(merged, where="--psa-config"))
+
+    @property
+    def tiered(self) -> bool:
+        """Whether K and V live on two tiers."""
+        return self.device_pool_bytes > 0
 
     def as_dict(self) -> dict[str, Any]:
         """Field name -> value."""

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import msgspec
 from msgspec import Meta
+
+#: Marks a number of bytes, which may be given as 512M.
+BYTES = {"unit": "bytes"}
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 class ConfigError(ValueError):
@@ -51,6 +58,11 @@ class ConfigField:
         return typing.get_args(base)[0] if self.word else self.annotation
 
     @property
+    def in_bytes(self) -> bool:
+        """Whether the setting is a number of bytes."""
+        return any(m.extra == BYTES for m in self.annotation.__metadata__ if isinstance(m, Meta))
+
+    @property
     def choices(self) -> tuple[Any, ...]:
         """Allowed values of an enumerated setting, else empty."""
         base = typing.get_args(self.annotation)[0]
@@ -65,6 +77,16 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
     return ConfigError(f"{where}: unknown key {key!r}; {hint}known keys: {', '.join(known)}")
 
 
+def parse_bytes(text: str) -> int | None:
+    """The bytes of ``4096``, ``512M``, ``1.5G`` or ``8GiB``, in powers of 1024; ``None`` if
+    ``text`` is nothing of the kind."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        return None
+    size = Fraction(match[1]) * 2 ** _UNITS[match[2].upper()]
+    return int(size) if size.denominator == 1 else None
+
+
 def check_value(field: ConfigField, value: Any, where: str) -> Any:
     """``value`` as the field's type.
 
@@ -76,6 +98,8 @@ def check_value(field: ConfigField, value: Any, where: str) -> Any:
         raise ConfigError(f"{problem}: expected {_expectation(field)}, got a boolean")
     if field.word and value == field.word:
         return value
+    if isinstance(value, str) and field.in_bytes:
+        value = parse_bytes(value)
     if isinstance(value, str) and field.kind is int and field.choices:
         try:
             value = int(value)
@@ -105,4 +129,6 @@ def _expectation(field: ConfigField) -> str:
         if bound is not None
     ]
     text = " ".join([noun, " and ".join(bounds)]).strip()
+    if field.in_bytes:
+        text += " of bytes, or such as 512M or 8G"
     return f"{text}, or {field.word}" if field.word else text

@@ -15,6 +15,7 @@ from sgl_psa.config import (
     fields,
     unknown_key,
 )
+from sgl_psa.memory import legal as memory
 from sgl_psa.policies import KNOBS, POLICIES, legal
 from sgl_psa.policies.base import Limit
 
@@ -57,6 +58,7 @@ class RequestRule:
             return default
         policy = POLICIES[given.get("policy", default.policy)]
         legal.check_request(policy, config.scorer)
+        memory.check_request(policy, config)
         if "stop" not in given:
             by_delta = "change" if default.stop == "change" else "marginal"
             knobs = {"coverage": "coverage", "delta": policy.limit or by_delta}

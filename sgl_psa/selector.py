@@ -149,7 +149,7 @@ class Selector:
         choices: Sequence[Choice],
         columns: torch.Tensor,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
+        k_cache: torch.Tensor | None,
         lse: torch.Tensor,
         batch: PageBatch,
         sm_scale: float,
@@ -168,6 +168,7 @@ class Selector:
                 left = choice.selection.pages.exists & ~choice.attended
                 columns[rows, :, COVERAGE] = estimated_coverage(mine, choice.log_mass, left)
             if choice.selection.policy.keeps_sums:
+                assert k_cache is not None, "policies that keep sums are refused with a tier"
                 self._observe(layer, choice, q, k_cache, lse, batch, sm_scale)
 
     def _observe(

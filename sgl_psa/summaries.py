@@ -38,6 +38,19 @@ class Summaries:
         for state in self.values.states:
             state.update(layer, pages, fill, v_cache)
 
+    def on_rows(self, layer: int, slots: torch.Tensor, k: torch.Tensor) -> None:
+        """As :meth:`on_write`, from the new keys alone; see :meth:`Scorer.on_rows`.
+
+        Raises:
+            ValueError: the scorer needs whole pages, or something is kept of the values.
+        """
+        if self.values.states:
+            raise ValueError(
+                "what is kept of values needs whole pages: drop --psa-compensate and "
+                "--psa-stop change"
+            )
+        self.scorer.on_rows(layer, slots, k)
+
     def invalidate_slots(self, slots: torch.Tensor) -> None:
         """Forget what is known of the pages of ``slots`` in every layer."""
         self.scorer.invalidate_slots(slots)

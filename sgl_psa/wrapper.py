@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sgl_psa_kernels.progressive_decode import progressive_decode
@@ -13,6 +13,7 @@ from sgl_psa.audit import Auditor
 from sgl_psa.budget import BudgetPrior
 from sgl_psa.config import PSAConfig
 from sgl_psa.crossover import min_context
+from sgl_psa.memory import legal as memory
 from sgl_psa.page_values import PageValues
 from sgl_psa.prediction import Predictor
 from sgl_psa.row import COVERAGE
@@ -21,6 +22,9 @@ from sgl_psa.scorers import Scorer
 from sgl_psa.scorers.base import PageBatch, ScoredStep
 from sgl_psa.selector import Selection, Selector
 from sgl_psa.stats import NUM_COLUMNS, ROUNDS, ByteCost, PSAStats, StepStats, step_stats
+
+if TYPE_CHECKING:
+    from sgl_psa.memory.tiered_cache import TieredCache
 
 
 class DecodePlan(NamedTuple):
@@ -76,6 +80,7 @@ class PSADecodeWrapper:
         kv_element_bytes: int,
         prior: BudgetPrior | None = None,
         values: PageValues | None = None,
+        tier: TieredCache | None = None,
     ) -> None:
         """
         Args:
@@ -86,11 +91,16 @@ class PSADecodeWrapper:
                 ``config.budget_prior`` is read.
             values: of the same cache, from :func:`sgl_psa.summaries.make_summaries`, where tail
                 compensation or stop rule ``change`` need them.
+            tier: where K and V are if not in one cache; ``run`` then takes none.
 
         Raises:
+            ConfigError: ``config`` reads K or V in a way that ``tier`` does not serve.
             PriorError: ``config.budget_prior`` cannot be used.
             ValueError: ``config.compensate`` without means of the values.
         """
+        if tier is not None:
+            memory.check_readers(config)
+        self.tier = tier
         means, norms = (values.means, values.norms) if values else (None, None)
         if config.compensate and means is None:
             raise ValueError("PSADecodeWrapper: compensate=true needs the cache's value means")
@@ -138,6 +148,8 @@ class PSADecodeWrapper:
             ValueError: a row has stop rule ``change`` and there are no value norms.
         """
         self.finish()
+        if self.tier is not None:
+            self.tier.begin_step()
         seq_lens = seq_lens.to(torch.int32)
         longest = int(seq_lens.max()) if seq_lens.numel() else 0
         heads = req_to_token[req_pool_indices, : max(longest, 1) : self.page_size]
@@ -177,8 +189,8 @@ class PSADecodeWrapper:
         self,
         layer: int,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: torch.Tensor | None,
+        v_cache: torch.Tensor | None,
         sm_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of the planned step in one layer.
@@ -186,7 +198,8 @@ class PSADecodeWrapper:
         Args:
             layer: index of the layer in the scorer's cache.
             q: [B, Hq, D], after rotary embedding.
-            k_cache, v_cache: [slots, Hkv, D]; the current token's rows already stored.
+            k_cache, v_cache: [slots, Hkv, D]; the current token's rows already stored. ``None``
+                with a tier.
             sm_scale: factor on q.k.
 
         Returns:
@@ -202,7 +215,7 @@ class PSADecodeWrapper:
         log_mass = estimates = self._score(layer, q, plan, record, sm_scale)
         attended = None
         if log_mass is not None and self.values.take_part(plan):
-            shape = (len(q), k_cache.shape[1], batch.page_table.shape[1])
+            shape = (len(q), self.scorer.shape.num_kv_heads, batch.page_table.shape[1])
             attended = torch.empty(shape, dtype=torch.uint8, device=q.device)
             # The loop's copy: weighted, and the selector writes to it.
             log_mass = self.values.weigh(layer, log_mass, plan, self.scorer.watermark[layer])
@@ -226,6 +239,7 @@ class PSADecodeWrapper:
                 layer, out, lse, estimates, attended, columns, plan
             )
         if self.audit is not None:
+            assert k_cache is not None and v_cache is not None
             self.audit.observe(layer, q, k_cache, v_cache, out, lse, columns, plan, sm_scale)
         return out, lse
 
@@ -233,8 +247,8 @@ class PSADecodeWrapper:
         self,
         layer: int,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: torch.Tensor | None,
+        v_cache: torch.Tensor | None,
         log_mass: torch.Tensor | None,
         sm_scale: float,
         first_pages: torch.Tensor | None,
@@ -248,42 +262,38 @@ class PSADecodeWrapper:
         """
         assert self._plan is not None and self._record is not None
         columns = self._record.columns
-        if self._prepared is not None and self._prepared.serves(q, k_cache, v_cache):
-            return self._prepared(
-                q,
-                k_cache,
-                v_cache,
-                log_mass,
-                columns,
-                layer,
-                sm_scale=sm_scale,
-                first_pages=first_pages,
-                attended=attended,
-                kappa_start=kappa_start,
-                residuals=residuals,
-            )
+        options: dict[str, Any] = {
+            "sm_scale": sm_scale,
+            "first_pages": first_pages,
+            "attended": attended,
+            "kappa_start": kappa_start,
+            "residuals": residuals,
+        }
+        if self._prepared is not None:
+            assert k_cache is not None and v_cache is not None
+            if self._prepared.serves(q, k_cache, v_cache):
+                return self._prepared(q, k_cache, v_cache, log_mass, columns, layer, **options)
         batch, rows, config = self._plan.batch, self._plan.rows, self.config
+        forced: dict[str, Any] = {
+            "sink_pages": config.sink_pages,
+            "recent_pages": config.recent_pages,
+            "group_pages": config.group_pages,
+        }
+        options |= forced
+        options |= {
+            "page_table": batch.page_table,
+            "seq_lens": batch.seq_lens,
+            "log_mass": log_mass,
+            "mode": rows.mode,
+            "threshold": rows.threshold,
+            "kappa_floor": rows.kappa_floor,
+            "kappa_std": rows.kappa_std,
+        }
+        if self.tier is not None:
+            return self.tier.decode(layer, q, **options, stats=columns[layer])[:2]
+        assert k_cache is not None and v_cache is not None
         out, lse, columns[layer] = progressive_decode(
-            q,
-            k_cache,
-            v_cache,
-            batch.page_table,
-            batch.seq_lens,
-            log_mass,
-            rows.mode,
-            rows.threshold,
-            rows.kappa_floor,
-            rows.kappa_std,
-            page_size=self.page_size,
-            sm_scale=sm_scale,
-            sink_pages=config.sink_pages,
-            recent_pages=config.recent_pages,
-            group_pages=config.group_pages,
-            backend=self.backend,
-            first_pages=first_pages,
-            attended=attended,
-            kappa_start=kappa_start,
-            residuals=residuals,
+            q, k_cache, v_cache, page_size=self.page_size, backend=self.backend, **options
         )
         if self.backend == "cpu":
             self._prepared = PreparedDecode(
@@ -297,9 +307,7 @@ class PSADecodeWrapper:
                 rows.kappa_floor,
                 rows.kappa_std,
                 page_size=self.page_size,
-                sink_pages=config.sink_pages,
-                recent_pages=config.recent_pages,
-                group_pages=config.group_pages,
+                **forced,
             )
         return out, lse
 

@@ -8,7 +8,7 @@ before attention, so the summaries are up to date when pages are scored.
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -16,22 +16,14 @@ from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
 from sgl_psa.stats import StepStats
 from sgl_psa.wrapper import PSADecodeWrapper
-from sglang_psa import defaults, hooks, layers, prefill, prefix_budgets, state
+from sglang_psa import defaults, hooks, layers, prefix_budgets, state
 from sglang_psa.compat import AttentionBackend, KVWriteLoc
 from sglang_psa.decode_graph import DecodeGraphs
 from sglang_psa.kv_pool import PSAKVPool
+from sglang_psa.prefill import Prefill
 from sglang_psa.server_args import psa_config
 
 logger = logging.getLogger(__name__)
-
-
-class Chunk(NamedTuple):
-    """One request's part of a prefill batch: rows ``start:stop`` of the batch's tokens."""
-
-    start: int
-    stop: int
-    prefix_len: int
-    pages: torch.Tensor | None
 
 
 class PSAAttentionBackend(AttentionBackend):
@@ -74,12 +66,12 @@ class PSAAttentionBackend(AttentionBackend):
             kv_element_bytes=self.pool.store_dtype.itemsize,
             prior=prefix_budgets.load_prior(self.config, self.pool, runner),
             values=self.pool.summaries.values,
+            tier=self.pool.tier,
         )
         self.last_step: StepStats | None = None
         self.graphs: DecodeGraphs | None = None
         self._num_qo_heads = layers.query_heads(runner.model)
-        self._prefill = prefill.choose(self.config, self.pool.device)
-        self._chunks: list[Chunk] = []
+        self.prefill = Prefill(self.config, self.pool, self.req_to_token)
         self._layers_left = 0
         self._announced = False
         state.set_backend(self)
@@ -105,7 +97,7 @@ class PSAAttentionBackend(AttentionBackend):
             )
             self._layers_left = self.pool.layer_num
         elif not mode.is_idle():
-            self._chunks = self._plan_chunks(forward_batch)
+            self.prefill.plan(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Allocate the buffers of decode steps in CUDA graphs."""
@@ -130,20 +122,6 @@ class PSAAttentionBackend(AttentionBackend):
         step, self.last_step = self.last_step, None
         return step if replayed is None else replayed
 
-    def _plan_chunks(self, forward_batch: Any) -> list[Chunk]:
-        size, start, chunks = self.pool.page_size, 0, []
-        for slot, prefix_len, new in zip(
-            forward_batch.req_pool_indices.tolist(),
-            _host_list(forward_batch.extend_prefix_lens_cpu),
-            _host_list(forward_batch.extend_seq_lens_cpu),
-            strict=True,
-        ):
-            first_slots = self.req_to_token[slot, :prefix_len:size]
-            pages = torch.div(first_slots, size, rounding_mode="floor") if prefix_len else None
-            chunks.append(Chunk(start, start + new, prefix_len, pages))
-            start += new
-        return chunks
-
     def forward_extend(
         self,
         q: torch.Tensor,
@@ -159,28 +137,8 @@ class PSAAttentionBackend(AttentionBackend):
         q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         k = k.view(-1, layer.tp_k_head_num, layer.head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.head_dim)
-        k_cache, v_cache = self.pool.get_kv_buffer(layer.layer_id)
-        out = torch.empty_like(q)
-        used = 0
-        for chunk in self._chunks:
-            rows = slice(chunk.start, chunk.stop)
-            out[rows] = self._prefill(
-                q[rows],
-                self._prefix(k_cache, chunk),
-                self._prefix(v_cache, chunk),
-                k[rows],
-                v[rows],
-                layer.scaling,
-            )
-            used = chunk.stop
-        out[used:].zero_()
+        out = self.prefill.attend(layer.layer_id, q, k, v, layer.scaling)
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
-
-    def _prefix(self, cache: torch.Tensor, chunk: Chunk) -> torch.Tensor | None:
-        if chunk.pages is None:
-            return None
-        by_page = cache.view(-1, self.pool.page_size, *cache.shape[1:])
-        return by_page[chunk.pages].flatten(0, 1)[: chunk.prefix_len]
 
     def forward_decode(
         self,
@@ -195,7 +153,7 @@ class PSAAttentionBackend(AttentionBackend):
         """Progressive sparse attention of one token a request, [B, Hq * D]."""
         self._write(k, v, layer, forward_batch, save_kv_cache, kwargs)
         q = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
-        k_cache, v_cache = self.pool.get_kv_buffer(layer.layer_id)
+        k_cache, v_cache = self.pool.decode_buffers(layer.layer_id)
         index = layer.layer_id - self.pool.start_layer
         out, _ = self.wrapper.run(index, q, k_cache, v_cache, layer.scaling)
         self._layers_left -= 1
@@ -237,7 +195,3 @@ class PSAAttentionBackend(AttentionBackend):
     def support_triton(self) -> bool:
         """Whether SGLang may use its Triton helpers around this backend."""
         return torch.device(self.pool.device).type != "cpu"
-
-
-def _host_list(values: Any) -> list[int]:
-    return values.tolist() if isinstance(values, torch.Tensor) else list(values)

@@ -33,6 +33,9 @@ APPLY_VOCAB_MASK = "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.appl
 APPLY_TOKEN_CONSTRAINTS = (
     "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._apply_token_constraints"
 )
+PROFILE_AVAILABLE_BYTES = (
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes"
+)
 BUILD_KV_POOL = (
     "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
 )
@@ -70,6 +73,7 @@ IMPORTS = {
     "AttentionType": "sglang.srt.layers.radix_attention:AttentionType",
     "CpuDeviceMixin": "sglang.srt.platforms.cpu:CpuDeviceMixin",
     "Engine": "sglang.srt.entrypoints.engine:Engine",
+    "GetInternalStateReq": "sglang.srt.managers.io_struct:GetInternalStateReq",
     "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
     "HookType": "sglang.srt.plugins.hook_registry:HookType",
     "KVWriteLoc": "sglang.srt.mem_cache.memory_pool:KVWriteLoc",

@@ -7,7 +7,7 @@ passes here while a backend that only decodes never sees prefill.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,9 +18,20 @@ from sgl_psa.scorers import CacheShape, Scorer
 from sgl_psa.summaries import make_summaries
 from sglang_psa.compat import MHATokenToKVPool
 
+if TYPE_CHECKING:
+    from sgl_psa.memory.tiered_cache import TieredCache
+
 
 class PSAKVPool(MHATokenToKVPool):
-    """``MHATokenToKVPool`` in slot order (NHD) plus the summaries of all its layers."""
+    """``MHATokenToKVPool`` in slot order (NHD) plus the summaries of all its layers.
+
+    Attributes:
+        tier: where K and V are when not all of them are in memory, else ``None``.
+        kernel_backend: of the kernels that write and read the pool.
+        summaries: of every page.
+    """
+
+    tier: TieredCache | None = None
 
     def __init__(self, *args: Any, psa_config: PSAConfig, **kwargs: Any) -> None:
         """
@@ -34,6 +45,10 @@ class PSAKVPool(MHATokenToKVPool):
         super()._create_buffers()
         for buffer in (*self.k_buffer, *self.v_buffer):
             zero_in_huge_pages(buffer)
+        self._create_summaries()
+
+    def _create_summaries(self) -> CacheShape:
+        """Choose the kernels and allocate the summaries of every logical page."""
         slots = self.size + self.page_size
         if slots % self.page_size:
             raise ValueError(f"KV pool of {slots} slots does not divide into pages")
@@ -47,6 +62,7 @@ class PSAKVPool(MHATokenToKVPool):
         )
         self.kernel_backend = resolve_backend(self._psa_config.backend, self.device)
         self.summaries = make_summaries(self._psa_config, shape, self.kernel_backend)
+        return shape
 
     @property
     def scorer(self) -> Scorer:
@@ -58,6 +74,11 @@ class PSAKVPool(MHATokenToKVPool):
     ) -> None:
         super()._store_kv_layer(layer_idx, loc, cache_k, cache_v)
         self.summaries.on_write(layer_idx, loc, self.k_buffer[layer_idx], self.v_buffer[layer_idx])
+
+    def decode_buffers(self, layer_id: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """K and V of all slots of a layer, [slots, Hkv, D], for the decode wrapper."""
+        buffers: tuple[torch.Tensor, torch.Tensor] = self.get_kv_buffer(layer_id)
+        return buffers
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
         """Move rows; their pages lose their summaries and are attended exactly from then on."""

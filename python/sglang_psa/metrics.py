@@ -14,7 +14,8 @@ from sgl_psa.audit import AuditCounts, Auditor
 from sgl_psa.stats import ReadCounts, StepStats
 from sglang_psa import compat, state
 from sglang_psa.hooks import Hook, Kind
-from sglang_psa.server_args import uses_psa
+from sglang_psa.server_args import psa_config, uses_psa
+from sglang_psa.tiered_metrics import TierMetrics
 
 PREFIX = "sglang:psa_"
 #: Series -> what it counts; ``prometheus_client`` appends ``_total``.
@@ -124,6 +125,7 @@ class StepMetrics:
 
 
 _metrics: StepMetrics | None = None
+_tier_metrics: TierMetrics | None = None
 
 
 def observe(step: StepStats) -> None:
@@ -133,14 +135,18 @@ def observe(step: StepStats) -> None:
         backend = state.get_backend()
         if backend is not None and backend.wrapper.audit is not None:
             _metrics.observe_audit(backend.wrapper.audit)
+        if backend is not None and backend.pool.tier is not None and _tier_metrics is not None:
+            _tier_metrics.observe(backend.pool.tier)
 
 
 def start(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Make the series where SGLang makes its own."""
-    global _metrics
+    global _metrics, _tier_metrics
     reporter = scheduler.metrics_reporter
     if uses_psa(scheduler.server_args) and reporter.current_scheduler_metrics_enabled:
         _metrics = StepMetrics(scheduler.metrics_collector.labels)
+        if psa_config(scheduler.server_args).tiered:
+            _tier_metrics = TierMetrics(scheduler.metrics_collector.labels)
 
 
 HOOKS = (Hook("metrics", compat.INIT_METRICS_REPORTER, start, Kind.AFTER),)

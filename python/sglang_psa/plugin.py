@@ -18,6 +18,7 @@ FEATURES = (
     "server_args",
     "platform_hooks",
     "pool_hooks",
+    "tiered_capacity",
     "backend_hooks",
     "radix",
     "prefix_budgets",

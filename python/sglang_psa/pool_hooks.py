@@ -20,7 +20,8 @@ _SAMPLE_PAGES = 256
 
 
 def build_kv_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any) -> Any:
-    """``PSAKVPool`` for a server that decodes with psa, SGLang's choice otherwise.
+    """``PSAKVPool``, or its form on two tiers, for a server that decodes with psa; SGLang's choice
+    otherwise.
 
     The builder used is SGLang's general one for MHA pools, on CPU as on CUDA: the one for
     out-of-tree platforms would drop arguments.
@@ -29,11 +30,15 @@ def build_kv_pool(original: Callable[..., Any], configurator: Any, **kwargs: Any
         return original(configurator, **kwargs)
     from functools import partial
 
-    from sglang_psa.kv_pool import PSAKVPool
-
+    config = psa_config(configurator.server_args)
+    pool: type
+    if config.tiered:
+        from sglang_psa.tiered_pool import PSATieredKVPool as pool
+    else:
+        from sglang_psa.kv_pool import PSAKVPool as pool
     return configurator._build_mha_kv_pool(
         max_total_num_tokens=kwargs["sizes"].max_total_num_tokens,
-        mha_pool_class=partial(PSAKVPool, psa_config=psa_config(configurator.server_args)),
+        mha_pool_class=partial(pool, psa_config=config),
     )
 
 

@@ -35,6 +35,10 @@ SPARSE_FIELDS = (
 )
 
 
+#: The other way out of the refusals of tiers.
+_ONE_TIER = "or drop --psa-device-pool-bytes and --psa-host-pool-bytes"
+
+
 class IllegalCombination(ValueError):
     """The server was asked for something that psa does not support."""
 
@@ -84,6 +88,14 @@ def _graph_of_host_choices(args: Any) -> bool:
     exact = getattr(args, "psa_scorer", None) == "exact"
     audits = bool(getattr(args, "psa_audit_rate", None))
     return decode_graph(args) != "disabled" and (chooses or exact or audits)
+
+
+def _tiered(args: Any) -> bool:
+    return bool(getattr(args, "psa_device_pool_bytes", None))
+
+
+def _other_prefill(args: Any) -> bool:
+    return (args.prefill_attention_backend or args.attention_backend) != "psa"
 
 
 def _prefill_only(args: Any) -> bool:
@@ -178,6 +190,27 @@ REFUSALS: tuple[Refusal, ...] = (
         "policies that choose pages outright, scorer exact and audits run outside of a decode CUDA "
         "graph: use --psa-policy psa or dense and drop --psa-audit-rate, or use "
         "--cuda-graph-backend-decode disabled",
+    ),
+    Refusal(
+        "two tiers and graphs",
+        lambda a: _tiered(a) and decode_graph(a) != "disabled",
+        "K and V that are loaded from the host tier cannot be part of a decode CUDA graph: "
+        f"use --cuda-graph-backend-decode disabled, {_ONE_TIER}",
+    ),
+    Refusal(
+        "two tiers and kernels",
+        lambda a: _tiered(a)
+        and (
+            (a.device or "cpu") != "cpu" or getattr(a, "psa_backend", None) in ("torch", "triton")
+        ),
+        "pages are brought from the host tier by the kernels for CPUs: use --device cpu and "
+        f"--psa-backend cpu, {_ONE_TIER}",
+    ),
+    Refusal(
+        "two tiers and prefill",
+        lambda a: _tiered(a) and _other_prefill(a),
+        "another prefill backend reads a KV cache that is not all in memory: use "
+        f"--attention-backend psa alone, {_ONE_TIER}",
     ),
     Refusal(
         "HND layout",

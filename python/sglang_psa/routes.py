@@ -1,4 +1,5 @@
-"""``GET /psa/stats``: what the server read since it started, and how it is set.
+"""``GET /psa/stats``: what the server read since it started, and how it is set;
+``GET /psa/memory/check``: whether the tiers of K and V are in order.
 
 The schedulers add their part to SGLang's internal state, which ``/server_info`` shows too. A
 data-parallel server has one part a rank; the route sums them.
@@ -12,17 +13,18 @@ from typing import Any
 
 from sgl_psa.audit.counts import merge_reports
 from sgl_psa.stats import ReadCounts
-from sglang_psa import compat, state
+from sglang_psa import compat, state, tiered_report
 from sglang_psa.hooks import Hook, Kind
 from sglang_psa.server_args import uses_psa
 
 ROUTE = "/psa/stats"
+CHECK_ROUTE = "/psa/memory/check"
 KEY = "psa"
 #: Fields of the statistics that are the same in every rank.
 COMMON = ("config", "backend", "isa", "page_size", "sparse_from", "tp_size", "scope")
 
 
-def describe(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+def describe(result: Any, scheduler: Any, question: Any = None) -> None:
     """Add the rank's statistics to SGLang's internal state, under ``psa``."""
     backend = state.get_backend()
     if backend is None:
@@ -38,6 +40,7 @@ def describe(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         "dp_rank": ranks.dp_rank or 0,
         "tp_rank": ranks.tp_rank,
         "tp_size": ranks.tp_size,
+        "memory": tiered_report.section(backend.pool, scheduler, question),
         "scope": f"KV heads of tensor-parallel rank {ranks.tp_rank} of {ranks.tp_size}",
     }
 
@@ -58,7 +61,8 @@ def merge(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Counts and bytes are sums over ranks, fractions and means follow from them. ``layers`` has one
     entry a layer; ``inherited`` (requests whose predictions started from a shared prefix's) is
     ``None`` unless the server predicts (``--psa-predict``), ``audit`` unless it audits
-    (``--psa-audit-rate``); ``ranks`` has the parts without their layers and audits.
+    (``--psa-audit-rate``), ``memory`` unless K and V are on two tiers; ``ranks`` has the parts
+    without their layers, audits and memory.
     """
     layers = [
         _sum([rank["layers"][i] for rank in ranks]).as_dict()
@@ -73,8 +77,9 @@ def merge(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "layers": layers,
         "inherited": _total([rank["inherited"] for rank in ranks]),
         "audit": merge_reports([rank["audit"] for rank in ranks]),
+        "memory": tiered_report.merge([rank["memory"] for rank in ranks]),
         "ranks": [
-            {k: v for k, v in rank.items() if k not in ("layers", "audit", *COMMON)}
+            {k: v for k, v in rank.items() if k not in ("layers", "audit", "memory", *COMMON)}
             for rank in ranks
         ],
     }
@@ -102,7 +107,7 @@ def add_route(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: An
     """Add the route to SGLang's application, in a server that uses psa."""
     if not uses_psa(server_args):
         return
-    from fastapi import APIRouter
+    from fastapi import APIRouter, HTTPException
 
     router = APIRouter()
 
@@ -110,6 +115,19 @@ def add_route(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: An
     async def psa_stats() -> dict[str, Any]:
         states = await tokenizer_manager.get_internal_state()
         return merge([one[KEY] for one in states])
+
+    @router.get(CHECK_ROUTE)
+    async def psa_memory_check() -> dict[str, Any]:
+        """``problems``: every inconsistency of the tiers of K and V; the server must be idle."""
+        tokenizer_manager.auto_create_handle_loop()
+        question = compat.GetInternalStateReq(rid=tiered_report.CHECK)
+        answers = await tokenizer_manager.get_internal_state_communicator(question)
+        found = tiered_report.merge([one.internal_state[KEY]["memory"] for one in answers])
+        if found is None:
+            raise HTTPException(404, "K and V are not on two tiers (--psa-device-pool-bytes)")
+        if not found["idle"]:
+            raise HTTPException(409, "the server is not idle: ask again when no request runs")
+        return {"problems": found["problems"]}
 
     compat.http_app.include_router(router)
 

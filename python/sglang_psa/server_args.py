@@ -18,7 +18,16 @@ from typing import Any
 
 from sgl_psa.config import ConfigError, ConfigField, PSAConfig, check_value, fields
 from sgl_psa.policies import legal
-from sglang_psa import compat, defaults, hooks, model_folder, prefix_budgets, refusals, state
+from sglang_psa import (
+    compat,
+    defaults,
+    hooks,
+    model_folder,
+    prefix_budgets,
+    refusals,
+    state,
+    tiered_sizes,
+)
 from sglang_psa.compat import A, Arg, ServerArgs
 
 logger = logging.getLogger(__name__)
@@ -84,6 +93,7 @@ class PSAServerArgs(ServerArgs):
             model = self.get_model_config()
             refusals.check(self, model)
             prefix_budgets.check_prior(psa_config(self), model)
+            tiered_sizes.check_tiers(psa_config(self), self, model)
         except ValueError as error:
             raise StartUpError(str(error)) from None
 

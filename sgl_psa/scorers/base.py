@@ -125,6 +125,21 @@ class Scorer(ABC):
             k_cache: [slots, Hkv, D], the layer's keys, the new rows already stored.
         """
 
+    def on_rows(self, layer: int, slots: torch.Tensor, k: torch.Tensor) -> None:
+        """As :meth:`on_write`, from the new keys alone: a cache that is not all in memory.
+
+        Args:
+            slots: int64 [N], in the order of the tokens, none twice.
+            k: [N, Hkv, D], row i is the key of ``slots[i]``.
+
+        Raises:
+            ValueError: the state of a page needs all keys of the page.
+        """
+        raise ValueError(
+            f"scorer {self.name!r} summarises whole pages; a tiered KV pool needs low-bit keys: "
+            "use sketch, rotated_sketch or two_level"
+        )
+
     @abstractmethod
     def score(self, layer: int, q: torch.Tensor, batch: PageBatch, sm_scale: float) -> torch.Tensor:
         """Estimated log masses.

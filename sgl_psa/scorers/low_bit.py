@@ -64,24 +64,34 @@ class LowBitScorer(Scorer):
         return self.page_bytes(self.shape.page_size, self.shape.head_dim, self.bits)
 
     def on_write(self, layer: int, slots: torch.Tensor, k_cache: torch.Tensor) -> None:
+        self._sketch(layer, slots, k_cache, in_order=False)
+
+    def on_rows(self, layer: int, slots: torch.Tensor, k: torch.Tensor) -> None:
+        self._sketch(layer, slots, k, in_order=True)
+
+    def _sketch(self, layer: int, slots: torch.Tensor, k: torch.Tensor, *, in_order: bool) -> None:
         if self.backend == "cpu":
-            if self._write is None or not self._write.serves(k_cache):
+            if self._write is None or not self._write.serves(k, in_order):
                 self._write = key_sketch.PreparedWrite(
-                    k_cache,
+                    k,
                     [(self.bits, self.codes, self.affine)],
                     self.watermark,
                     self.signs,
                     page_size=self.shape.page_size,
+                    in_order=in_order,
                 )
-            self._write(layer, slots, k_cache)
+            self._write(layer, slots, k)
         else:
-            self.encode(layer, slots, k_cache)
+            self.encode(layer, slots, k, in_order=in_order)
             self.advance(layer, slots)
 
-    def encode(self, layer: int, slots: torch.Tensor, k_cache: torch.Tensor) -> None:
-        """Sketch the keys at ``slots``; the watermark stays."""
+    def encode(
+        self, layer: int, slots: torch.Tensor, k: torch.Tensor, *, in_order: bool = False
+    ) -> None:
+        """Sketch the keys at ``slots`` of a cache, or those given ``in_order``; the watermark
+        stays."""
         key_sketch.write(
-            k_cache,
+            k,
             slots,
             self.codes[layer],
             self.affine[layer],
@@ -89,6 +99,7 @@ class LowBitScorer(Scorer):
             bits=self.bits,
             page_size=self.shape.page_size,
             backend=self.backend,
+            in_order=in_order,
         )
 
     def score(self, layer: int, q: torch.Tensor, batch: PageBatch, sm_scale: float) -> torch.Tensor:

@@ -56,17 +56,27 @@ class TwoLevelScorer(Scorer):
         return self.first.bytes_per_page + self.second.bytes_per_page
 
     def on_write(self, layer: int, slots: torch.Tensor, k_cache: torch.Tensor) -> None:
+        self._sketch(layer, slots, k_cache, in_order=False)
+
+    def on_rows(self, layer: int, slots: torch.Tensor, k: torch.Tensor) -> None:
+        self._sketch(layer, slots, k, in_order=True)
+
+    def _sketch(self, layer: int, slots: torch.Tensor, k: torch.Tensor, *, in_order: bool) -> None:
         first, second = self.first, self.second
         if self.backend == "cpu":
-            if self._write is None or not self._write.serves(k_cache):
-                sketches = [(level.bits, level.codes, level.affine) for level in (first, second)]
+            if self._write is None or not self._write.serves(k, in_order):
                 self._write = key_sketch.PreparedWrite(
-                    k_cache, sketches, self.watermark, first.signs, page_size=self.shape.page_size
+                    k,
+                    [(level.bits, level.codes, level.affine) for level in (first, second)],
+                    self.watermark,
+                    first.signs,
+                    page_size=self.shape.page_size,
+                    in_order=in_order,
                 )
-            self._write(layer, slots, k_cache)
+            self._write(layer, slots, k)
         else:
-            first.encode(layer, slots, k_cache)
-            second.encode(layer, slots, k_cache)
+            first.encode(layer, slots, k, in_order=in_order)
+            second.encode(layer, slots, k, in_order=in_order)
             self.advance(layer, slots)
 
     def score(self, layer: int, q: torch.Tensor, batch: PageBatch, sm_scale: float) -> torch.Tensor:

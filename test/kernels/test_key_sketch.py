@@ -227,6 +227,35 @@ def test_constant_keys_have_code_zero(backend: str) -> None:
     assert (affine[page, :, :, 0] == 0).all()
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+def test_keys_given_in_the_order_of_the_slots_are_those_of_the_cache(
+    backend: str, rotated: bool
+) -> None:
+    batch = make_batch(Case(torch.bfloat16, 64, 16, 2, 4, (40, 7)))
+    slots = torch.cat([batch.slots(1), batch.slots(0)])
+    signs = key_sketch.rotation_signs(64) if rotated else None
+    tables = []
+    # Rows of a wider tensor, as models split them off their projections.
+    rows = torch.cat([batch.k[slots], batch.k[slots]], 1)[:, :2]
+    for k, in_order in ((batch.k, False), (rows, True)):
+        shape = (batch.num_pages, 2, 16)
+        codes = torch.zeros(*shape, packed_bytes(64, 2), dtype=torch.uint8)
+        affine = torch.zeros(*shape, 2 - rotated, dtype=torch.float16)
+        key_sketch.write(
+            k, slots, codes, affine, signs, bits=2, page_size=16, backend=backend,
+            in_order=in_order,
+        )  # fmt: skip
+        tables.append((codes, affine))
+    assert tables[0][0].any()
+    assert torch.equal(tables[0][0], tables[1][0])
+    assert torch.equal(tables[0][1], tables[1][1])
+    with pytest.raises(ValueError, match="slots must have shape"):
+        key_sketch.write(
+            rows, slots[1:], *tables[0], signs, bits=2, page_size=16, backend=backend,
+            in_order=True,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_slots_outside_of_the_pool_are_refused(backend: str) -> None:
     batch = make_batch(Case(torch.bfloat16, 64, 16, 1, 2, (16,)))

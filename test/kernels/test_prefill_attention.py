@@ -3,7 +3,8 @@
 import pytest
 import torch
 from kernel_cases import assert_rounded
-from sgl_psa_kernels.prefill_attention import cpu, prefill
+from sgl_psa_kernels import prefill_attention
+from sgl_psa_kernels.prefill_attention import cpu, prefill, prefill_blocks
 from sgl_psa_kernels.wide_products import MIN_ROWS, faster_in_float32
 
 
@@ -106,7 +107,7 @@ def test_16_bit_input_computed_in_float32_is_rounded_once(
     monkeypatch: pytest.MonkeyPatch, prefix: int, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(cpu, "faster_in_float32", lambda dtype: dtype != torch.float32)
-    monkeypatch.setattr(cpu, "_BLOCK", 20)
+    monkeypatch.setattr(prefill_attention, "BLOCK_TOKENS", 20)
     q, k, v = tensors(MIN_ROWS, prefix, 2, 2, 64, dtype)
     out, lse = run(q, k, v, prefix, "cpu")
     want_out, want_lse = exact(q, k, v, prefix)
@@ -118,3 +119,38 @@ def test_16_bit_input_computed_in_float32_is_rounded_once(
 def test_only_16_bit_types_are_candidates_for_float32() -> None:
     assert not faster_in_float32(torch.float32)
     assert not faster_in_float32(torch.float64)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("prefix", [1, 32, 75])
+def test_blocks_through_one_buffer_are_the_whole_prefix_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, prefix: int, backend: str, wide: bool
+) -> None:
+    monkeypatch.setattr(prefill_attention, "BLOCK_TOKENS", 32)
+    monkeypatch.setattr(cpu, "faster_in_float32", lambda dtype: wide)
+    q, k, v = tensors(MIN_ROWS, prefix, 2, 2, 64, torch.bfloat16)
+    buffers = torch.empty_like(k[:32]), torch.empty_like(v[:32])
+
+    def blocks():
+        for start in range(0, prefix, 32):
+            stop = min(start + 32, prefix)
+            for buffer, whole in zip(buffers, (k, v), strict=True):
+                buffer.fill_(torch.nan)
+                buffer[: stop - start] = whole[start:stop]
+            yield tuple(buffer[: stop - start] for buffer in buffers)
+
+    chunk = (k[prefix:], v[prefix:])
+    got = prefill_blocks(q, blocks(), *chunk, sm_scale=0.11, backend=backend)
+    for a, b in zip(got, run(q, k, v, prefix, backend), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_blocks_of_other_sizes_are_refused() -> None:
+    q, k, v = tensors(4, 8, 2, 2, 64, torch.float32)
+    chunk = (k[8:], v[8:])
+    with pytest.raises(ValueError, match="blocks must have 8192 tokens"):
+        short = [(k[:4], v[:4]), (k[4:8], v[4:8])]
+        prefill_blocks(q, short, *chunk, sm_scale=1.0, backend="cpu")
+    with pytest.raises(ValueError, match="do not belong together"):
+        prefill_blocks(q, [(k[:8, :1], v[:8, :1])], *chunk, sm_scale=1.0, backend="cpu")

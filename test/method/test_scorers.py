@@ -247,6 +247,28 @@ def test_stale_pages_are_infinite_until_they_are_rewritten(backend, name, bits) 
     assert torch.isposinf(scorer.score(0, q, batch, SCALE)[0, :, :41]).all()
 
 
+@pytest.mark.parametrize("name", SCORERS)
+def test_new_keys_alone_are_enough_for_low_bit_scorers(backend, name) -> None:
+    """In three writes of different sizes, the last a decode step's."""
+    cache, _ = plain(6)
+    config = config_of(name, policy="oracle_top_p" if name == "exact" else "psa")
+    shape = CacheShape(1, cache.num_pages, PAGE, *cache.k.shape[1:], torch.device("cpu"))
+    from_cache, from_rows = (make_scorer(config, shape, backend) for _ in range(2))
+    slots = cache.tokens(0)
+    parts = [slots[: 3 * PAGE], slots[3 * PAGE : -1], slots[-1:]]
+    if "sketch" not in name and name != "two_level":
+        with pytest.raises(ValueError, match="use sketch, rotated_sketch or two_level"):
+            from_rows.on_rows(0, slots, cache.k[slots])
+        return
+    for part in parts:
+        from_cache.on_write(0, part, cache.k)
+        from_rows.on_rows(0, part, cache.k[part])
+    assert from_cache.watermark.sum() == len(slots)
+    assert torch.equal(from_cache.watermark, from_rows.watermark)
+    for a, b in zip(from_cache.state_tensors(), from_rows.state_tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_exact_without_keys_says_so() -> None:
     cache, q = plain(13)
     shape = CacheShape(1, cache.num_pages, PAGE, KV_HEADS, DIM, torch.device("cpu"))

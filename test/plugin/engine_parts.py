@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 from sglang_psa import attention_backend, hooks, layers, state
 from sglang_psa.kv_pool import PSAKVPool
+from sglang_psa.tiered_pool import PSATieredKVPool
 
 from sgl_psa.config import PSAConfig
 
@@ -16,12 +17,14 @@ def make_pool(config=None, **changes):
     sizes = dict(
         dtype=torch.float32, head_num=KV_HEADS, head_dim=DIM, layer_num=LAYERS, page_size=PAGE
     )
-    return PSAKVPool(
+    config = config or PSAConfig(backend="reference")
+    kind = PSATieredKVPool if config.tiered else PSAKVPool
+    return kind(
         SLOTS,
         **{**sizes, **changes},
         device="cpu",
         enable_memory_saver=False,
-        psa_config=config or PSAConfig(backend="reference"),
+        psa_config=config,
     )
 
 

@@ -31,6 +31,7 @@ ARGS = dict(
     prefill_attention_backend=None,
     decode_attention_backend=None,
     page_size=16,
+    device=None,
     speculative_algorithm=None,
     kv_cache_dtype="auto",
     disaggregation_mode="null",
@@ -56,6 +57,8 @@ MODEL = dict(
     v_head_dim=128,
 )
 HF = dict(architectures=["LlamaForCausalLM"])
+
+TIERED = {"psa:psa_device_pool_bytes": 1 << 20, "psa:psa_host_pool_bytes": 1 << 22}
 
 #: row name -> changes that must be refused; "env:X" sets a variable, "hf:X" the model's
 #: config, "psa:X" an argument of ours.
@@ -89,6 +92,18 @@ CASES = {
             {"psa:psa_policy": "oracle_marginal", "psa:psa_scorer": "exact"},
             {"psa:psa_audit_rate": 0.01},
         )
+    ],
+    "two tiers and graphs": [
+        {**TIERED, "cuda_graph_backend_decode": "full", "psa:psa_backend": "triton"}
+    ],
+    "two tiers and kernels": [
+        {**TIERED, "device": "cuda"},
+        {**TIERED, "psa:psa_backend": "torch"},
+        {**TIERED, "device": "cpu", "psa:psa_backend": "triton"},
+    ],
+    "two tiers and prefill": [
+        {**TIERED, "prefill_attention_backend": "triton", "decode_attention_backend": "psa"},
+        {**TIERED, "attention_backend": None, "decode_attention_backend": "psa"},
     ],
     "HND layout": [{"env:SGLANG_USE_HND_KVCACHE": "1"}],
     "unified radix tree": [{"env:SGLANG_ENABLE_UNIFIED_RADIX_TREE": "true"}],
@@ -194,6 +209,9 @@ LEGAL = [
     {"hf:sliding_window": 4096, "hf:use_sliding_window": False},
     {"hf:layer_types": ["full_attention", "full_attention"], "hf:sliding_window": 4096},
     {"env:SGLANG_USE_HND_KVCACHE": "0"},
+    {**TIERED, "psa:psa_backend": "auto"},
+    {**TIERED, "device": "cpu", "psa:psa_backend": "cpu"},
+    {"psa:psa_device_pool_bytes": 0, "device": "cuda"},
 ]
 
 

@@ -29,7 +29,8 @@ def stats_of(pages: list[int], rounds: float = 1.0, coverage: float = 0.5) -> PS
 def part(monkeypatch: pytest.MonkeyPatch, stats: PSAStats, dp_rank: int | None) -> dict[str, Any]:
     """The internal state that a scheduler with these statistics reports."""
     wrapper = SimpleNamespace(stats=stats, backend="reference", page_size=PAGE, min_context=1024)
-    backend = SimpleNamespace(wrapper=wrapper, config=PSAConfig())
+    pool = SimpleNamespace(tier=None)
+    backend = SimpleNamespace(wrapper=wrapper, config=PSAConfig(), pool=pool)
     monkeypatch.setattr(state, "get_backend", lambda: backend)
     result = SimpleNamespace(internal_state={"other": 1})
     scheduler = SimpleNamespace(ps=SimpleNamespace(dp_rank=dp_rank, tp_rank=0, tp_size=2))
@@ -127,4 +128,4 @@ def test_a_dense_server_has_no_route(monkeypatch: pytest.MonkeyPatch) -> None:
     assert added == []
     args.decode_attention_backend = "psa"
     routes.add_route(args, None)
-    assert [route.path for route in added[0].routes] == ["/psa/stats"]
+    assert [route.path for route in added[0].routes] == ["/psa/stats", "/psa/memory/check"]

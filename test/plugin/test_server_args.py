@@ -48,7 +48,7 @@ def test_defaults_are_the_configs():
     assert args.get_attention_backends() == ("psa", "psa")
 
 
-def test_every_field_has_a_flag_that_reaches_the_config(monkeypatch):
+def test_every_field_has_a_flag_that_reaches_the_config(monkeypatch, tmp_path):
     monkeypatch.setattr(module.prefix_budgets, "check_prior", lambda *args: None)
     values = {
         "policy": "psa",
@@ -73,9 +73,19 @@ def test_every_field_has_a_flag_that_reaches_the_config(monkeypatch):
         "predict_rho": 0.5,
         "budget_prior": "prior.json",
     }
-    assert set(values) == {f.name for f in fields()}
-    flags = [x for k, v in values.items() for x in (f"--psa-{k.replace('_', '-')}", str(v))]
-    assert psa_config(parse(*PSA, *flags)) == PSAConfig(**values)
+    tiers = {
+        "device_pool_bytes": "1.5M",
+        "host_pool_bytes": 1 << 26,
+        "host_path": str(tmp_path),
+        "placement": "lru",
+        "pipeline": False,
+    }
+    assert set(values) | set(tiers) == {f.name for f in fields()}
+    for given in (values, tiers):
+        flags = [x for k, v in given.items() for x in (f"--psa-{k.replace('_', '-')}", str(v))]
+        assert psa_config(parse(*PSA, *flags)) == PSAConfig(
+            **{**given, **({"device_pool_bytes": 3 << 19} if given is tiers else {})}
+        )
 
 
 def test_a_policy_brings_its_scorer_into_the_arguments():

@@ -95,6 +95,36 @@ CASES: dict[str, tuple[str, str]] = {
     "mixed chunk": ("--enable-mixed-chunk", r"psa and mixed chunk: .*drop --enable-mixed-chunk"),
     "hierarchical cache": ("--enable-hierarchical-cache", r"drop --enable-hierarchical-cache"),
     "pipeline": ("--pp-size 2", r"use --tp-size instead of --pp-size"),
+    "one tier": ("--psa-device-pool-bytes 1M", r"set host_pool_bytes too, or drop"),
+    "a tier of text": (
+        "--psa-device-pool-bytes much --psa-host-pool-bytes 64M",
+        r"--psa-device-pool-bytes: value='much': expected .* of bytes, or such as 512M",
+    ),
+    "device tier too small": (
+        "--psa-device-pool-bytes 64K --psa-host-pool-bytes 64M",
+        r"device_pool_bytes=65536: .*set device_pool_bytes to \d+ or more",
+    ),
+    "host tier too small": (
+        "--psa-device-pool-bytes 512K --psa-host-pool-bytes 512K",
+        r"host_pool_bytes=524288: .*set host_pool_bytes to \d+ or more",
+    ),
+    "host tier larger than the machine": (
+        "--psa-device-pool-bytes 1M --psa-host-pool-bytes 1000000G",
+        r"bytes of memory, the machine has .* or set host_path to a folder",
+    ),
+    "no folder for the host tier": (
+        "--psa-device-pool-bytes 1M --psa-host-pool-bytes 64M --psa-host-path /proc/none",
+        r"host_path='/proc/none': no file can be made there",
+    ),
+    "audit of two tiers": (
+        "--psa-device-pool-bytes 1M --psa-host-pool-bytes 64M --psa-audit-rate 0.1",
+        r"set audit_rate to 0, or drop device_pool_bytes",
+    ),
+    "other prefill over two tiers": (
+        "--psa-device-pool-bytes 1M --psa-host-pool-bytes 64M "
+        "--prefill-attention-backend torch_native --decode-attention-backend psa",
+        r"psa and two tiers and prefill: .*use --attention-backend psa alone",
+    ),
 }
 MODEL_CASES = {
     "latent": r"psa and MLA model: .*serve it without --attention-backend psa",

@@ -81,7 +81,7 @@ class SketchWriteArgs(ctypes.Structure):
         *_fields(c_int32, "num_kv_heads head_dim page_size dtype bits num_threads"),
         *_fields(c_int64, "count num_slots error_index k_token_stride k_head_stride"),
         *_fields(c_void_p, "k slots codes affine signs second_codes second_affine watermark"),
-        *_fields(c_int32, "second_bits reserved"),
+        *_fields(c_int32, "second_bits in_order"),
     ]
 
 

@@ -44,14 +44,15 @@ def write(
     bits: int,
     page_size: int,
     backend: str,
+    in_order: bool = False,
 ) -> None:
     """Sketch the keys at ``slots`` and store the sketches in ``codes`` and ``affine``.
 
     A sketch is a pure function of the stored key (its dtype included). A slot may occur twice.
 
     Args:
-        k_cache: [slots, Hkv, D] bf16 | fp16 | fp32. Keys beyond +-65504 have no finite sketch;
-            their pages score +inf.
+        k_cache: [slots, Hkv, D] bf16 | fp16 | fp32; with ``in_order`` [N, Hkv, D]. Keys beyond
+            +-65504 have no finite sketch; their pages score +inf.
         slots: int64 [N], slot numbers within the pool.
         codes: uint8 [num_pages, Hkv, page_size, D * bits // 8], written; the order of the bytes
             of a page and KV head is that of :mod:`sgl_psa_kernels.key_sketch.packing`.
@@ -61,6 +62,7 @@ def write(
         bits: 1, 2 or 4 per key element.
         page_size: tokens per page.
         backend: "reference", "torch" (any device), "cpu" (C++) or "triton" (CUDA).
+        in_order: row i of ``k_cache`` is the key of ``slots[i]``; then no slot occurs twice.
 
     Raises:
         ValueError: unknown backend, bad shapes or dtypes, slots outside of the pool.
@@ -68,16 +70,19 @@ def write(
     """
     op = "key_sketch.write"
     implementation = choose(backend, _WRITE, op)
-    checks.check_cache(op, "k_cache", k_cache, page_size)
+    checks.check_cache(op, "k_cache", k_cache, 1 if in_order else page_size)
     _check_sketch(op, codes, affine, bits, page_size, k_cache.shape[2], 2 if signs is None else 1)
     if signs is not None:
         checks.check_tensor(op, "signs", signs, torch.float32, (k_cache.shape[2],))
-    checks.check_tensor(op, "slots", slots, torch.int64, (None,))
-    if codes.shape[1] != k_cache.shape[1] or codes.shape[0] * page_size != k_cache.shape[0]:
+    checks.check_tensor(op, "slots", slots, torch.int64, (len(k_cache) if in_order else None,))
+    count = len(k_cache) if in_order else codes.shape[0] * page_size
+    if codes.shape[1] != k_cache.shape[1] or count != k_cache.shape[0]:
         raise ValueError(
             f"{op}: codes {list(codes.shape)} do not match k_cache {list(k_cache.shape)}"
         )
-    implementation(k_cache, slots, codes, affine, signs, bits=bits, page_size=page_size)
+    implementation(
+        k_cache, slots, codes, affine, signs, bits=bits, page_size=page_size, in_order=in_order
+    )
 
 
 def score(

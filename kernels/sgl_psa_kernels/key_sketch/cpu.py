@@ -16,6 +16,7 @@ def write(
     *,
     bits: int,
     page_size: int,
+    in_order: bool = False,
 ) -> None:
     """See :func:`sgl_psa_kernels.key_sketch.write`."""
     op = "key_sketch.write"
@@ -28,7 +29,7 @@ def write(
         bits=bits,
         num_threads=torch.get_num_threads(),
         count=slots.shape[0],
-        num_slots=k_cache.shape[0],
+        num_slots=codes.shape[0] * page_size,
         k_token_stride=k_cache.stride(0),
         k_head_stride=k_cache.stride(1),
         k=k_cache.data_ptr(),
@@ -36,6 +37,7 @@ def write(
         codes=codes.data_ptr(),
         affine=affine.data_ptr(),
         signs=None if signs is None else signs.data_ptr(),
+        in_order=in_order,
     )
     call(op, "psa_sketch_write", args)
 

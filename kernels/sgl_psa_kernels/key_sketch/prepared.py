@@ -38,20 +38,28 @@ class PreparedWrite:
         signs: torch.Tensor | None,
         *,
         page_size: int,
+        in_order: bool = False,
     ) -> None:
         """
         Args:
             k_cache: one layer's; the others have its shape, strides and dtype.
             sketches: bits, codes and affine of each, at most two; all with ``signs`` or none.
+            in_order: as for :func:`sgl_psa_kernels.key_sketch.write`; then calls may differ in N.
 
         Raises:
             ValueError: the cache or its dtype does not suit the kernels.
             RuntimeError: no usable native library.
         """
         op = "key_sketch.write"
-        checks.check_cache(op, "k_cache", k_cache, page_size)
+        checks.check_cache(op, "k_cache", k_cache, 1 if in_order else page_size)
+        num_slots = watermark.shape[1] * page_size
+        checks.require(
+            in_order or k_cache.shape[0] == num_slots,
+            f"{op}: k_cache has {k_cache.shape[0]} slots, the watermarks {num_slots}",
+        )
         require_cpu(op, k_cache, watermark, signs, *(t for s in sketches for t in s[1:]))
-        self._like = (k_cache.shape, k_cache.stride(), k_cache.dtype)
+        self._in_order = in_order
+        self._like = self._kind(k_cache)
         self._keep = (sketches, watermark, signs)
         bits, codes, affine = sketches[0]
         self._places = _places(codes=codes, affine=affine, watermark=watermark)
@@ -64,21 +72,27 @@ class PreparedWrite:
             page_size=page_size,
             dtype=dtype_code(op, k_cache),
             bits=bits,
-            num_slots=k_cache.shape[0],
+            num_slots=num_slots,
             k_token_stride=k_cache.stride(0),
             k_head_stride=k_cache.stride(1),
             signs=None if signs is None else signs.data_ptr(),
             second_bits=sketches[-1][0],
+            in_order=in_order,
         )
         self._call = PreparedCall(op, "psa_sketch_write", args)
 
-    def serves(self, k_cache: torch.Tensor) -> bool:
-        """Whether it was made for such a cache."""
-        return self._like == (k_cache.shape, k_cache.stride(), k_cache.dtype)
+    def serves(self, k_cache: torch.Tensor, in_order: bool = False) -> bool:
+        """Whether it was made for such a cache, or such keys."""
+        return self._in_order == in_order and self._like == self._kind(k_cache)
+
+    def _kind(self, k_cache: torch.Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+        shape = k_cache.shape[1:] if self._in_order else k_cache.shape
+        return shape, k_cache.stride(), k_cache.dtype
 
     def __call__(self, layer: int, slots: torch.Tensor, k_cache: torch.Tensor) -> None:
         """Sketch the keys at ``slots``, int64 [N]."""
-        checks.check_tensor("key_sketch.write", "slots", slots, torch.int64, (None,))
+        count = len(k_cache) if self._in_order else None
+        checks.check_tensor("key_sketch.write", "slots", slots, torch.int64, (count,))
         args = self._call.args
         for field, base, stride in self._places:
             setattr(args, field, base + layer * stride)

@@ -16,16 +16,18 @@ def write(
     *,
     bits: int,
     page_size: int,
+    in_order: bool = False,
 ) -> None:
     """See :func:`sgl_psa_kernels.key_sketch.write`."""
     if slots.numel() == 0:
         return
     low, high = int(slots.min()), int(slots.max())
+    count = codes.shape[0] * page_size
     checks.require(
-        low >= 0 and high < k_cache.shape[0],
-        f"key_sketch.write: slots {low}..{high} outside of the pool of {k_cache.shape[0]} slots",
+        low >= 0 and high < count,
+        f"key_sketch.write: slots {low}..{high} outside of the pool of {count} slots",
     )
-    keys = k_cache[slots]
+    keys = k_cache if in_order else k_cache[slots]
     coded = affine_codes(keys, bits) if signs is None else rotated_codes(keys, bits, signs)
     pages = slots // page_size
     offsets = slots % page_size

@@ -19,6 +19,7 @@ def write(
     *,
     bits: int,
     page_size: int,
+    in_order: bool = False,
 ) -> None:
     """See :func:`sgl_psa_kernels.key_sketch.write`; slot numbers are not checked."""
     given = (k_cache, slots, signs, codes, affine)
@@ -33,7 +34,7 @@ def write(
             BITS=bits, ROTATED=signs is not None, STEP=STEPS[bits],
             HKV=num_kv, D=dim, PAGE=page_size, WIDTH=width, WIDTH_T=power_of_two(width),
             ROWS=power_of_two(dim // size), SIZE=size, STEPS=size.bit_length() - 1,
-            FACTOR=size**-0.5, num_warps=1,
+            FACTOR=size**-0.5, IN_ORDER=in_order, num_warps=1,
         )  # fmt: skip
 
 

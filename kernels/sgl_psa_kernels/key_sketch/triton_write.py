@@ -47,7 +47,7 @@ def write(
     BITS: tl.constexpr, ROTATED: tl.constexpr, STEP: tl.constexpr,
     HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_T: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr,
-    FACTOR: tl.constexpr,
+    FACTOR: tl.constexpr, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Sketch one key and KV head. Grid (slots, Hkv)."""
     PLANES: tl.constexpr = 8 // BITS
@@ -56,7 +56,10 @@ def write(
     plane = tl.arange(0, PLANES)[:, None]
     byte = tl.arange(0, WIDTH_T)[None, :]
     real = (byte < WIDTH) & (plane < PLANES)
-    key = k + slot * k_slot + h * k_head
+    row = slot
+    if IN_ORDER:
+        row = tl.program_id(0)
+    key = k + row * k_slot + h * k_head
     frame = slot // PAGE * HKV + h
     offset = slot % PAGE
     if ROTATED:

@@ -8,7 +8,8 @@ import torch
 
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
-from sgl_psa_kernels.prefill_attention import cpu, reference
+from sgl_psa_kernels.prefill_attention import blocks, cpu, reference
+from sgl_psa_kernels.prefill_attention.blocks import BLOCK_TOKENS, Blocks
 
 _IMPLEMENTATIONS = {"reference": reference.prefill, "cpu": cpu.prefill}
 
@@ -39,6 +40,43 @@ def prefill(
         ValueError: unknown backend, or shapes and dtypes that do not belong together.
     """
     op = "prefill_attention"
+    checks.require(
+        (k_prefix is None) == (v_prefix is None),
+        f"{op}: pass both k_prefix and v_prefix, or neither",
+    )
+    prefix: Blocks = ()
+    if k_prefix is not None and v_prefix is not None and len(k_prefix):
+        checks.require(
+            k_prefix.shape == v_prefix.shape and k_prefix.shape[1:] == k_chunk.shape[1:],
+            f"{op}: k_prefix {list(k_prefix.shape)}, v_prefix {list(v_prefix.shape)} and k_chunk "
+            f"{list(k_chunk.shape)} do not belong together",
+        )
+        prefix = blocks.split(k_prefix, v_prefix, BLOCK_TOKENS)
+    return prefill_blocks(q, prefix, k_chunk, v_chunk, sm_scale=sm_scale, backend=backend)
+
+
+def prefill_blocks(
+    q: torch.Tensor,
+    prefix: Blocks,
+    k_chunk: torch.Tensor,
+    v_chunk: torch.Tensor,
+    *,
+    sm_scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`prefill` over a prefix that does not lie in one piece; the results are the same, bit
+    for bit.
+
+    Args:
+        prefix: keys and values of ``BLOCK_TOKENS`` tokens each, in order, the last block may be
+            shorter: [block, Hkv, D] of the dtype of q. A block is not looked at any more when the
+            next one is taken, so all may come through one buffer.
+        q, k_chunk, v_chunk, sm_scale, backend: as in ``prefill``.
+
+    Raises:
+        ValueError: as ``prefill``, or blocks of other sizes.
+    """
+    op = "prefill_attention"
     implementation = choose(backend, _IMPLEMENTATIONS, op)
     checks.require(k_chunk.dim() == 3, f"{op}: k_chunk must be [S, Hkv, D]")
     checks.check_queries(op, q, k_chunk.shape[1], k_chunk.shape[2])
@@ -48,24 +86,11 @@ def prefill(
         f"{list(v_chunk.shape)} do not belong together",
     )
     checks.require(
-        (k_prefix is None) == (v_prefix is None),
-        f"{op}: pass both k_prefix and v_prefix, or neither",
-    )
-    if k_prefix is None or v_prefix is None or k_prefix.shape[0] == 0:
-        k_prefix = v_prefix = None
-    tensors = [k_chunk, v_chunk]
-    if k_prefix is not None and v_prefix is not None:
-        checks.require(
-            k_prefix.shape == v_prefix.shape and k_prefix.shape[1:] == k_chunk.shape[1:],
-            f"{op}: k_prefix {list(k_prefix.shape)}, v_prefix {list(v_prefix.shape)} and k_chunk "
-            f"{list(k_chunk.shape)} do not belong together",
-        )
-        tensors += [k_prefix, v_prefix]
-    checks.require(
-        all(tensor.dtype == q.dtype for tensor in tensors),
+        k_chunk.dtype == v_chunk.dtype == q.dtype,
         f"{op}: q, keys and values must have one dtype; q is {q.dtype}",
     )
-    return implementation(q, k_prefix, v_prefix, k_chunk, v_chunk, sm_scale=sm_scale)
+    prefix = blocks.checked(prefix, k_chunk, BLOCK_TOKENS)
+    return implementation(q, prefix, k_chunk, v_chunk, sm_scale=sm_scale)
 
 
-__all__ = ["prefill"]
+__all__ = ["BLOCK_TOKENS", "prefill", "prefill_blocks"]

@@ -3,17 +3,15 @@
 import torch
 
 from sgl_psa_kernels.merge_state.reference import merge_state
+from sgl_psa_kernels.prefill_attention.blocks import Blocks
 from sgl_psa_kernels.wide_products import MIN_ROWS, faster_in_float32
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-#: Prefix tokens of which there are float32 copies at a time.
-_BLOCK = 8192
 
 
 def prefill(
     q: torch.Tensor,
-    k_prefix: torch.Tensor | None,
-    v_prefix: torch.Tensor | None,
+    prefix: Blocks,
     k_chunk: torch.Tensor,
     v_chunk: torch.Tensor,
     *,
@@ -21,7 +19,7 @@ def prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.prefill_attention.prefill`.
 
-    16-bit input is computed in float32 where that is faster, the prefix then block by block.
+    16-bit input is computed in float32 where that is faster; parts are merged in float32.
     """
     new, num_qo_heads, _ = q.shape
     num_kv_heads = k_chunk.shape[1]
@@ -31,11 +29,10 @@ def prefill(
     work = torch.float32 if wide else q.dtype
     by_head = q.to(work).unflatten(1, (num_kv_heads, -1))
     out, lse = _causal(by_head, k_chunk.to(work), v_chunk.to(work), sm_scale)
-    if k_prefix is not None and v_prefix is not None:
-        size = _BLOCK if wide else k_prefix.shape[0]
-        for k, v in zip(k_prefix.split(size), v_prefix.split(size), strict=True):
-            part = _all_seen(by_head, k.to(work), v.to(work), sm_scale)
-            out, lse = merge_state(out, lse, *part)
+    out = out.float()
+    for k, v in prefix:
+        part, part_lse = _all_seen(by_head, k.to(work), v.to(work), sm_scale)
+        out, lse = merge_state(out, lse, part, part_lse)
     return out.reshape(q.shape).to(q.dtype), lse.reshape(new, num_qo_heads).float()
 
 

@@ -2,11 +2,12 @@
 
 import torch
 
+from sgl_psa_kernels.prefill_attention.blocks import Blocks
+
 
 def prefill(
     q: torch.Tensor,
-    k_prefix: torch.Tensor | None,
-    v_prefix: torch.Tensor | None,
+    prefix: Blocks,
     k_chunk: torch.Tensor,
     v_chunk: torch.Tensor,
     *,
@@ -14,8 +15,10 @@ def prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.prefill_attention.prefill`; float64 computes in float64."""
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    keys = k_chunk if k_prefix is None else torch.cat([k_prefix, k_chunk])
-    values = v_chunk if v_prefix is None else torch.cat([v_prefix, v_chunk])
+    # Copies: a block is gone when the next one is asked for.
+    parts = [(k.clone(), v.clone()) for k, v in prefix]
+    keys = torch.cat([*(k for k, _ in parts), k_chunk])
+    values = torch.cat([*(v for _, v in parts), v_chunk])
     new, total = q.shape[0], keys.shape[0]
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:2], dtype=work)

@@ -123,6 +123,10 @@ def test_merging_is_the_references(dim: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_keys_given_in_order_are_those_of_the_cache() -> None:
+    plain.test_keys_given_in_the_order_of_the_slots_are_those_of_the_cache("triton", True)
+
+
 def test_nothing_to_write_is_no_launch() -> None:
     batch = make_batch(Case(FP32, 64, 16, 1, 2, (16,)))
     codes, affine = plain.make_sketch(batch, 2, "reference")

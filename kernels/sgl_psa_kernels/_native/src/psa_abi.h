@@ -125,7 +125,7 @@ typedef struct {
   int32_t bits, num_threads;
   int64_t count, num_slots, error_index;
   int64_t k_token_stride, k_head_stride;
-  const void *k;
+  const void *k; /* [num_slots, ...], or [count, ...] if in_order: row i of slots[i] */
   const int64_t *slots; /* [count] */
   uint8_t *codes;
   uint16_t *affine;   /* two a key, or one if signs */
@@ -133,7 +133,7 @@ typedef struct {
   uint8_t *second_codes;   /* sketches of the same keys in second_bits besides, or NULL */
   uint16_t *second_affine;
   int32_t *watermark; /* tokens of each page that have sketches, moved slot by slot; or NULL */
-  int32_t second_bits, reserved;
+  int32_t second_bits, in_order;
 } PsaSketchWriteArgs;
 
 typedef struct {

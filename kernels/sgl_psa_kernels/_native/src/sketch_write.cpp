@@ -106,10 +106,11 @@ struct Target {
 };
 
 template <class T>
-void write_key(const PsaSketchWriteArgs& a, const std::vector<Target>& targets, int64_t slot,
+void write_key(const PsaSketchWriteArgs& a, const std::vector<Target>& targets, int64_t i,
                int head, float* x, int32_t* codes) {
   const int D = a.head_dim;
-  const T* key = static_cast<const T*>(a.k) + slot * a.k_token_stride + head * a.k_head_stride;
+  const int64_t slot = a.slots[i], row = a.in_order ? i : slot;
+  const T* key = static_cast<const T*>(a.k) + row * a.k_token_stride + head * a.k_head_stride;
   const int64_t page = slot / a.page_size * a.num_kv_heads + head;
   const int offset = (int)(slot % a.page_size);
   const int64_t at = page * a.page_size + offset;
@@ -163,7 +164,7 @@ extern "C" int psa_sketch_write(PsaSketchWriteArgs* args) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < a.count; i++)
         for (int h = 0; h < a.num_kv_heads; h++)
-          write_key<T>(a, targets, a.slots[i], h, x, codes);
+          write_key<T>(a, targets, i, h, x, codes);
     }
   });
   if (known && a.watermark) advance(a);

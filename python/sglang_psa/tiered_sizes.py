@@ -1,0 +1,82 @@
+"""Sizes of the two tiers of K and V in a server, and their check at start-up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from sgl_psa.config import PSAConfig
+    from sgl_psa.memory.sizes import PoolSizes
+
+
+def tier_sizes(
+    config: PSAConfig,
+    model: Any,
+    *,
+    page_size: int,
+    tp_size: int,
+    num_layers: int,
+    dtype: torch.dtype,
+) -> PoolSizes:
+    """What the tiers of one rank hold.
+
+    Args:
+        model: SGLang's ``ModelConfig``.
+        tp_size: ranks that share the model's KV heads.
+
+    Raises:
+        ConfigError: a tier cannot hold the least that one request needs.
+    """
+    from sgl_psa_kernels.page_tier import TierShape
+
+    from sgl_psa.memory.sizes import pool_sizes
+
+    heads = model.get_num_kv_heads(tp_size)
+    shape = TierShape(num_layers, 1, 1, page_size, heads, model.head_dim, dtype)
+    return pool_sizes(
+        config,
+        num_layers=num_layers,
+        page_size=page_size,
+        num_kv_heads=heads,
+        head_dim=model.head_dim,
+        dtype=dtype,
+        minimum_frames=shape.minimum_frames,
+    )
+
+
+def check_tiers(config: PSAConfig, server_args: Any, model: Any) -> None:
+    """Refuse tiers at start-up, before the model is loaded.
+
+    Raises:
+        ConfigError: a tier is too small for one request, the machine's memory is too small for
+            them, or the folder of the host tier cannot be written to.
+    """
+    if not config.tiered:
+        return
+    import psutil
+
+    from sgl_psa.config import ConfigError
+    from sgl_psa.memory.host_file import HostFile
+
+    found = tier_sizes(
+        config,
+        model,
+        page_size=server_args.page_size,
+        tp_size=server_args.tp_size,
+        num_layers=model.num_hidden_layers,
+        dtype=model.dtype,
+    )
+    ranks = server_args.tp_size * server_args.dp_size
+    in_memory = found.device_bytes + (0 if config.host_path else found.host_bytes)
+    there = psutil.virtual_memory().total
+    if ranks * in_memory > there:
+        raise ConfigError(
+            f"device_pool_bytes={config.device_pool_bytes} and "
+            f"host_pool_bytes={config.host_pool_bytes} of {ranks} ranks take "
+            f"{ranks * in_memory} bytes of memory, the machine has {there}; set them lower"
+            + ("" if config.host_path else ", or set host_path to a folder on a disk")
+        )
+    if config.host_path:
+        HostFile(config.host_path, 1).close()

@@ -1,0 +1,261 @@
+"""The pool of two tiers: the resident pool's tokens, bit for bit, and none of its buffers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang_psa import compat, pool_hooks, tiered_capacity, tiered_report
+from sglang_psa.allocator import CpuPagedAllocator
+from sglang_psa.tiered_pool import NotResident
+from sglang_psa.tiered_sizes import check_tiers
+
+from sgl_psa.config import ConfigError, PSAConfig
+from test.plugin.engine_parts import (
+    DIM,
+    KV_HEADS,
+    LAYERS,
+    PAGE,
+    SLOTS,
+    Driver,
+    make_backend,
+    make_layer,
+    make_pool,
+)
+
+#: K and V of a page in one layer, float32.
+FRAME = 2 * KV_HEADS * PAGE * DIM * 4
+FEWEST = 2 * 64 // PAGE
+PAGES = (SLOTS + PAGE) // PAGE
+HOST = PAGES * LAYERS * FRAME
+
+
+def tiers(frames=FEWEST, **fields):
+    return {"device_pool_bytes": frames * FRAME, "host_pool_bytes": HOST, **fields}
+
+
+def page(number, count=PAGE):
+    return list(range(number * PAGE, number * PAGE + count))
+
+
+def write(pool, slots, layer=0, seed=0):
+    slots = torch.tensor(slots)
+    random = torch.Generator().manual_seed(seed)
+    k, v = torch.randn(2, len(slots), KV_HEADS, DIM, generator=random)
+    pool.set_kv_buffer(make_layer(layer), compat.KVWriteLoc(slots, None), k, v)
+    return k, v
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def pool(backend):
+    return make_pool(PSAConfig(backend=backend, **tiers()))
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"policy": "topk", "scorer": "two_level", "budget_pages": 9}, {"predict": True}, {"policy": "dense"}],
+    ids=str,
+)
+def test_outputs_are_those_of_the_resident_pool(monkeypatch, tmp_path, backend, settings, place):
+    """Prompts longer than the device tier, prefixes that have left it, and decode steps."""
+    common = {"backend": backend, "min_context": 0, "recent_pages": 1, "group_pages": 1, **settings}
+    where = {"host_path": str(tmp_path)} if place == "disk" else {}
+    results = []
+    for changes in ({}, tiers(**where)):
+        driver = Driver(make_backend(monkeypatch, **common, **changes))
+        steps = [("extend", {0: 90, 1: 24}), ("extend", {1: 100, 2: 3}), ("extend", {0: 40})]
+        steps += [("decode", {0: 1, 1: 1, 2: 1})] * 20 + [("extend", {3: 90, 2: 30})]
+        steps += [("decode", {3: 1, 1: 1})] * 3
+        results.append([out for step in steps for out, _ in driver.step(*step)])
+        pool = driver.backend.pool
+    for resident, tiered in zip(*results, strict=True):
+        assert torch.equal(resident, tiered)
+    counters = pool.tier.tier.counters()
+    assert counters.loads > 0 and counters.evictions > 0
+    assert pool.tier.check() == []
+
+
+def test_rows_are_summarised_as_the_resident_pools(pool):
+    resident = make_pool(PSAConfig(backend=pool.kernel_backend))
+    for target in (pool, resident):
+        write(target, page(3) + page(5, 3), layer=1)
+        write(target, [5 * PAGE + 3], layer=1, seed=1)
+    pairs = zip(pool.scorer.state_tensors(), resident.scorer.state_tensors(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert pool.scorer.watermark[1, [3, 5]].tolist() == [PAGE, 4]
+
+
+def test_released_pages_are_gone_from_both_tiers(pool, monkeypatch):
+    release = CpuPagedAllocator._release_page_ids
+
+    def hooked(self, *pages):
+        return pool_hooks.release_pages(release(self, *pages), self, *pages)
+
+    monkeypatch.setattr(CpuPagedAllocator, "_release_page_ids", hooked)
+    allocator = CpuPagedAllocator(SLOTS, PAGE, torch.float32, "cpu", pool, False)
+    write(pool, page(3) + page(5))
+    allocator.free(torch.tensor(page(3)))
+    tables = pool.tier.tier.tables
+    assert tables.filled[0, [3, 5]].tolist() == [0, PAGE]
+    assert pool.scorer.watermark[0, [3, 5]].tolist() == [0, PAGE]
+    assert tables.frame_of[0, 3] == -1
+    pool_hooks.clear_pages(None, allocator)
+    assert tables.filled.sum() == pool.scorer.watermark.sum() == 0
+    assert (tables.owner == -1).all()
+
+
+def test_rows_copied_out_come_back_elsewhere(pool):
+    kv = [write(pool, page(3) + page(4, 5), layer, seed=layer) for layer in range(LAYERS)]
+    copy = pool.get_cpu_copy(torch.tensor(page(3) + page(4, 5)))
+    pool.forget_pages(torch.tensor([3, 4]))
+    target = torch.tensor(page(8) + page(9, 5), dtype=torch.int32)
+    pool.load_cpu_copy(copy, target)
+    for layer, (k, v) in enumerate(kv):
+        got = pool.tier.read(layer, torch.tensor([8, 9]), PAGE + 5)
+        assert torch.equal(got[0], k) and torch.equal(got[1], v)
+    assert pool.scorer.watermark[:, 8].tolist() == [PAGE] * LAYERS
+    assert pool.scorer.watermark[:, 9].tolist() == [5] * LAYERS
+
+
+def test_nobody_gets_a_buffer_of_everything(pool):
+    slots = torch.tensor([0])
+    for ask in (
+        lambda: pool.get_key_buffer(0),
+        lambda: pool.get_kv_buffer(1),
+        lambda: pool.get_contiguous_buf_infos(),
+        lambda: pool.move_kv_cache(slots, slots),
+    ):
+        with pytest.raises(NotResident, match="drop --psa-device-pool-bytes"):
+            ask()
+
+
+def test_memory_is_that_of_the_frames_and_the_summaries(pool):
+    k_bytes, v_bytes = pool.get_kv_size_bytes()
+    assert k_bytes + v_bytes == FEWEST * FRAME + pool.summaries.size_bytes()
+    assert pool.k_buffer == pool.v_buffer == []
+    assert pool.size == SLOTS
+
+
+def test_tiers_have_the_pages_of_the_pool_where_fewer_are_asked_for():
+    config = PSAConfig(backend="reference", **tiers(10 * PAGES, host_pool_bytes=100 * HOST))
+    pool = make_pool(config)
+    assert pool.tier.sizes.num_pages == PAGES
+    assert pool.tier.sizes.num_frames == PAGES * LAYERS
+
+
+def arguments(config, **changes):
+    fields = {"attention_backend": "psa", "prefill_attention_backend": None, "page_size": PAGE}
+    fields |= {"decode_attention_backend": None, "tp_size": 1, "dp_size": 1, **changes}
+    settings = {f"psa_{name}": value for name, value in config.as_dict().items()}
+    return SimpleNamespace(**fields, **settings)
+
+
+MODEL = SimpleNamespace(
+    head_dim=DIM,
+    num_hidden_layers=LAYERS,
+    dtype=torch.float32,
+    get_num_kv_heads=lambda tp: KV_HEADS // tp,
+)
+
+
+def capacity(config, monkeypatch, user_limit=None, tokens=123):
+    """Tokens that SGLang takes, and the bytes that it takes for free."""
+    fake = "test.plugin.test_kv_pool:fake_parallel"
+    monkeypatch.setitem(compat.IMPORTS, "get_parallel", fake)
+    configurator = SimpleNamespace(
+        server_args=arguments(config),
+        model_config=MODEL,
+        kv_cache_dtype=torch.float32,
+        layer_info=SimpleNamespace(num_effective_layers=LAYERS),
+    )
+
+    def limited(_, found):
+        return found if user_limit is None else min(found, user_limit)
+
+    free = tiered_capacity.profile(lambda *_: 7, configurator, 10)
+    return tiered_capacity.limit(limited, configurator, tokens), free
+
+
+def test_capacity_is_that_of_the_host_tier(monkeypatch):
+    config = PSAConfig(**tiers())
+    assert capacity(config, monkeypatch) == (SLOTS, HOST)
+    assert capacity(config, monkeypatch, user_limit=64) == (64, HOST)
+    assert capacity(PSAConfig(), monkeypatch) == (123, 7)
+
+
+def refused(match, config=None, model=MODEL, **changes):
+    config = config or PSAConfig(**tiers())
+    with pytest.raises(ConfigError, match=match):
+        check_tiers(config, arguments(config, **changes), model)
+
+
+def test_tiers_that_cannot_work_are_refused_at_the_start(tmp_path):
+    args = arguments(PSAConfig())
+    check_tiers(PSAConfig(), args, MODEL)
+    check_tiers(PSAConfig(**tiers(host_path=str(tmp_path))), args, MODEL)
+    least = FEWEST * FRAME
+    refused(f"set device_pool_bytes to {least} or more", PSAConfig(**tiers(FEWEST - 1)))
+    refused(
+        r"set host_pool_bytes to \d+ or more",
+        PSAConfig(**tiers(1, host_pool_bytes=3 * LAYERS * FRAME)),
+    )
+    refused("no file can be made there", PSAConfig(**tiers(host_path=str(tmp_path / "none"))))
+    huge = PSAConfig(**tiers(host_pool_bytes=1 << 60))
+    refused("the machine has .* or set host_path to a folder", huge)
+
+
+def scheduler_of(pool, used=(), idle=True):
+    allocator = CpuPagedAllocator(SLOTS, PAGE, torch.float32, "cpu", pool, False)
+    free = allocator.free_pages
+    allocator.free_pages = free[~torch.isin(free, torch.tensor(used, dtype=torch.int64))]
+    return SimpleNamespace(token_to_kv_pool_allocator=allocator, is_fully_idle=lambda: idle)
+
+
+def test_the_check_finds_what_the_allocator_and_the_tiers_disagree_on(pool):
+    for layer in range(LAYERS):
+        write(pool, page(3) + page(5), layer)
+    write(pool, page(6))
+    assert tiered_report.problems(pool, scheduler_of(pool, [3, 5, 6])) == [
+        "1 pages of the prefix cache are not full in every layer"
+    ]
+    assert tiered_report.problems(pool, scheduler_of(pool, [3])) == [
+        "2 free pages still hold tokens"
+    ]
+    pool.forget_pages(torch.tensor([6]))
+    assert tiered_report.problems(pool, scheduler_of(pool, [3, 5])) == []
+
+
+def test_the_check_runs_only_when_asked_for_and_idle(pool):
+    question = SimpleNamespace(rid=tiered_report.CHECK)
+    assert "idle" not in tiered_report.section(pool, scheduler_of(pool), SimpleNamespace(rid=None))
+    busy = tiered_report.section(pool, scheduler_of(pool, idle=False), question)
+    assert busy["idle"] is False and busy["problems"] is None
+    assert tiered_report.section(pool, scheduler_of(pool), question)["problems"] == []
+
+
+def test_ranks_are_added_up(pool):
+    for layer in range(LAYERS):
+        write(pool, page(3) + page(5), layer)
+    one = tiered_report.section(pool, scheduler_of(pool, [3]), SimpleNamespace(rid=tiered_report.CHECK))
+    both = tiered_report.merge([one, one])
+    assert both["bytes_saved"] == 2 * one["bytes_saved"] > 0
+    assert both["frames_by_layer"] == [2 * frames for frames in one["frames_by_layer"]]
+    assert both["problems"] == 2 * one["problems"] and len(one["problems"]) == 1
+    assert both["frame_bytes"] == one["frame_bytes"] and both["hit_rate"] == one["hit_rate"]
+    assert tiered_report.merge([one]) == one
+    assert tiered_report.merge([None]) is None
+
+
+def test_a_closed_pool_gives_its_file_back(tmp_path):
+    pool = make_pool(PSAConfig(backend="reference", **tiers(host_path=str(tmp_path))))
+    write(pool, page(3))
+    tier = pool.tier
+    pool._clear_buffers()
+    with pytest.raises(RuntimeError, match="closed"):
+        tier.write(0, torch.tensor([8]), *torch.zeros(2, 1, KV_HEADS, DIM))
+    assert list(tmp_path.iterdir()) == []
