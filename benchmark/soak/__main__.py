@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ HOST_TOKENS, ARENA = 12288, 0.2
 CLIENTS = 8
 _PHASE_SECONDS = (15.0, 60.0)
 _FLUSH_AFTER = 0.5
+_IDLE_SECONDS = 30.0
 CHECKS = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
@@ -102,14 +104,26 @@ def right_answers(server: Server, asked: list[tuple[int, ...]]) -> dict[tuple[in
     return {answer.ask.ids: answer.ids for answer in answers}
 
 
+def memory_problems(server: Server) -> list[str]:
+    """What the tiers of an idle server say of themselves."""
+    server.wait_idle()
+    end = time.monotonic() + _IDLE_SECONDS
+    # Requests that are done may not be quite gone yet.
+    while (response := server.get("/psa/memory/check")).status_code == HTTPStatus.CONFLICT:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    if response.status_code != HTTPStatus.OK:
+        return [f"HTTP {response.status_code}: {response.text[:300]}"]
+    found: list[str] = response.json()["problems"]
+    return found
+
+
 def check(server: Server, flush: bool, tally: Tally) -> None:
     """The books of an idle server."""
     tally.checks += 1
     try:
-        server.wait_idle()
-        response = server.get("/psa/memory/check")
-        found = response.json() if response.ok else {"problems": [response.text[:300]]}
-        for problem in found["problems"]:
+        for problem in memory_problems(server):
             tally.problem(f"/psa/memory/check: {problem}")
         if flush:
             server.flush()

@@ -64,10 +64,16 @@ RUN_HTTP_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server
 MODEL_FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
 INIT_METRICS_REPORTER = "sglang.srt.managers.scheduler.Scheduler.init_metrics_reporter"
 GET_INTERNAL_STATE = "sglang.srt.managers.scheduler.Scheduler.get_internal_state"
+INIT_INVARIANT_CHECKER = "sglang.srt.managers.scheduler.Scheduler.init_invariant_checker"
+UPDATE_RUNNING_BATCH = "sglang.srt.managers.scheduler.Scheduler.update_running_batch"
+GET_NEXT_BATCH = "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run"
+ADD_ONE_REQUEST = "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req"
+RETRACTION_ORDER = "sglang.srt.managers.schedule_batch.ScheduleBatch._get_decode_retraction_order"
 
 #: Name -> where SGLang keeps it.
 IMPORTS = {
     "A": "sglang.srt.arg_groups.arg_utils:A",
+    "AddReqResult": "sglang.srt.managers.schedule_policy:AddReqResult",
     "Arg": "sglang.srt.arg_groups.arg_utils:Arg",
     "AttentionBackend": "sglang.srt.layers.attention.base_attn_backend:AttentionBackend",
     "AttentionType": "sglang.srt.layers.radix_attention:AttentionType",

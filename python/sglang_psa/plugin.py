@@ -26,6 +26,7 @@ FEATURES = (
     "meta_info",
     "metrics",
     "routes",
+    "admission",
 )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from sgl_psa.audit.counts import merge_reports
 from sgl_psa.stats import ReadCounts
 from sglang_psa import compat, state, tiered_report
+from sglang_psa.admission import admission_stats
 from sglang_psa.hooks import Hook, Kind
 from sglang_psa.server_args import uses_psa
 
@@ -41,6 +42,7 @@ def describe(result: Any, scheduler: Any, question: Any = None) -> None:
         "tp_rank": ranks.tp_rank,
         "tp_size": ranks.tp_size,
         "memory": tiered_report.section(backend.pool, scheduler, question),
+        "admission": admission_stats(),
         "scope": f"KV heads of tensor-parallel rank {ranks.tp_rank} of {ranks.tp_size}",
     }
 

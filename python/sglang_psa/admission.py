@@ -1,0 +1,200 @@
+"""Working-set admission in SGLang's scheduler, for a server whose KV pool has tiers.
+
+SGLang's scheduler counts the host tier's tokens. Here the arena limits what it does with them: a
+decode step runs the requests that :class:`sgl_psa.memory.admission.Admission` chooses, and prefill
+admits no more than it allows. All else is SGLang's own, because its running batch stays whole: see
+:mod:`sglang_psa.decode_part`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sgl_psa.memory.admission import Admission, Running
+from sglang_psa import compat, state
+from sglang_psa.decode_part import is_part, prepare_part, take_part
+from sglang_psa.hooks import Hook, Kind
+from sglang_psa.server_args import psa_config, uses_psa
+
+#: Decode steps between two measurements of working sets.
+MEASURE_EVERY = 4
+
+
+class SchedulerAdmission:
+    """Admission of one scheduler.
+
+    Attributes:
+        admission: the decisions.
+        held_back: times that prefill had to wait for the arena.
+    """
+
+    def __init__(self, scheduler: Any, tier: Any) -> None:
+        """
+        Args:
+            scheduler: SGLang's.
+            tier: the pool's ``TieredCache``.
+        """
+        config = psa_config(scheduler.server_args)
+        self.page_size: int = scheduler.page_size
+        backend = state.get_backend()
+        dense_tokens = backend.wrapper.min_context if backend is not None else 0
+        self.admission = Admission(
+            tier.sizes.num_frames,
+            tier.sizes.num_layers,
+            forced_pages=config.sink_pages + config.recent_pages,
+            dense_pages=-(-dense_tokens // self.page_size),
+        )
+        self.held_back = 0
+        self._tier = tier
+        self._req_to_token: torch.Tensor = scheduler.req_to_token_pool.req_to_token
+        self._group = scheduler.tp_cpu_group if scheduler.ps.tp_size > 1 else None
+        self._held_pages: int | None = None
+        self._whole: Any = None
+        self._part: Any = None
+
+    def prepare_step(self, running: Any) -> None:
+        """Choose who decodes, and prepare the step of these.
+
+        Args:
+            running: SGLang's running batch without finished requests, not prepared yet.
+        """
+        admission = self.admission
+        if admission.step and admission.step % MEASURE_EVERY == 0:
+            self._measure(running.reqs)
+        requests = [self._describe(req) for req in running.reqs]
+        rows = [i for i, decodes in enumerate(admission.decide(requests)) if decodes]
+        if self._held_pages is not None and admission.admits(
+            self._held_pages, [(one.key, one.pages) for one in requests]
+        ):
+            self._held_pages, running.batch_is_full = None, False
+        if len(rows) == len(requests):
+            self._whole = self._part = None
+            running.prepare_for_decode()
+            return
+        self._whole, self._part = running, take_part(running, rows)
+        prepare_part(running, self._part, rows)
+
+    def part_of(self, batch: Any) -> Any:
+        """What to run of a batch that was prepared: the part, or all of it."""
+        if batch is None or batch is not self._whole:
+            return batch
+        self._part.fpm_start_time = batch.fpm_start_time
+        return self._part
+
+    def admits(self, adder: Any, req: Any) -> bool:
+        """Whether a prefill batch in the making may take one more request."""
+        going = [*adder.running_batch.reqs, *adder.can_run_list]
+        others = [self._describe(one) for one in going if not one.finished()]
+        pages = self._describe(req).pages
+        if self.admission.admits(pages, [(one.key, one.pages) for one in others]):
+            return True
+        self.held_back += 1
+        self._held_pages = pages
+        return False
+
+    def paused_last(self, order: list[int], reqs: list[Any]) -> list[int]:
+        """An order of retraction, its last first, that takes requests that pause before others."""
+        return sorted(order, key=lambda i: not self.admission.decoding(reqs[i].rid))
+
+    def _describe(self, req: Any) -> Running:
+        tokens = len(req.origin_input_ids) + len(req.output_ids)
+        return Running(req.rid, -(-tokens // self.page_size), req.to_finish is not None)
+
+    def _measure(self, reqs: list[Any]) -> None:
+        """Working sets of those that decoded; every tensor-parallel rank takes the largest."""
+        size = self.page_size
+        pages = [
+            torch.div(
+                self._req_to_token[req.req_pool_idx, : req.kv_committed_len : size],
+                size,
+                rounding_mode="floor",
+            ).long()
+            for req in reqs
+        ]
+        every = torch.cat(pages)
+        holders = torch.bincount(every)
+        decoding = [i for i, req in enumerate(reqs) if self.admission.decoding(req.rid)]
+        found = [self._tier.working_set(pages[i][holders[pages[i]] == 1]) for i in decoding]
+        found.append(self._tier.working_set(torch.nonzero(holders > 1).flatten()))
+        if self._group is not None:
+            counts = torch.tensor(found)
+            torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX, self._group)
+            found = counts.tolist()
+        *own, shared = found
+        self.admission.observe(
+            {reqs[i].rid: frames for i, frames in zip(decoding, own, strict=True)}, shared
+        )
+
+
+_admission: SchedulerAdmission | None = None
+
+
+def admission_stats() -> dict[str, Any] | None:
+    """``Admission.snapshot`` and ``held_back``; ``None`` where the pool has no tiers."""
+    if _admission is None:
+        return None
+    return {**_admission.admission.snapshot(), "held_back": _admission.held_back}
+
+
+def tier_of(scheduler: Any) -> Any:
+    """The ``TieredCache`` of a scheduler's KV pool; ``None`` if that has no tiers."""
+    return getattr(scheduler.token_to_kv_pool_allocator.get_kvcache(), "tier", None)
+
+
+def start(result: None, scheduler: Any) -> None:
+    """Begin with the scheduler, if its pool has tiers."""
+    global _admission
+    tier = tier_of(scheduler)
+    if tier is None or not uses_psa(scheduler.server_args):
+        return
+    _admission = SchedulerAdmission(scheduler, tier)
+    # SGLang's books of a busy pool count requests of both batches, once where these are one.
+    scheduler.invariant_checker.get_last_batch = lambda: (
+        scheduler.running_batch if is_part(scheduler.last_batch) else scheduler.last_batch
+    )
+
+
+def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: Any) -> Any:
+    """SGLang's update of the running batch, its preparation of the step apart."""
+    if _admission is None:
+        return original(scheduler, batch)
+    batch.prepare_for_decode = lambda: None
+    try:
+        running = original(scheduler, batch)
+    finally:
+        del batch.prepare_for_decode
+    if not running.is_empty():
+        _admission.prepare_step(running)
+    return running
+
+
+def run_part(plan: Any, *args: Any, **kwargs: Any) -> None:
+    """Run the part of the running batch that was chosen."""
+    if _admission is not None:
+        plan.batch_to_run = _admission.part_of(plan.batch_to_run)
+
+
+def add_request(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kw: Any) -> Any:
+    """Keep a request in the queue while the arena is promised to others."""
+    if _admission is not None and not _admission.admits(adder, req):
+        return compat.AddReqResult.NO_TOKEN
+    return original(adder, req, *args, **kw)
+
+
+def retraction_order(order: list[int], reqs: list[Any], server_args: Any) -> list[int] | None:
+    """Retract requests that pause before those that decode, unless priorities say otherwise."""
+    if _admission is None or server_args.retraction_policy == "priority":
+        return None
+    return _admission.paused_last(order, reqs)
+
+
+HOOKS = (
+    Hook("admission", compat.INIT_INVARIANT_CHECKER, start, Kind.AFTER),
+    Hook("decode batch", compat.UPDATE_RUNNING_BATCH, update_running_batch, Kind.AROUND),
+    Hook("batch to run", compat.GET_NEXT_BATCH, run_part, Kind.AFTER),
+    Hook("prefill admission", compat.ADD_ONE_REQUEST, add_request, Kind.AROUND),
+    Hook("retraction order", compat.RETRACTION_ORDER, retraction_order, Kind.AFTER),
+)
