@@ -58,7 +58,12 @@ def pool(backend):
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"policy": "topk", "scorer": "two_level", "budget_pages": 9}, {"predict": True}, {"policy": "dense"}],
+    [
+        {},
+        {"policy": "topk", "scorer": "two_level", "budget_pages": 9},
+        {"predict": True},
+        {"policy": "dense"},
+    ],
     ids=str,
 )
 def test_outputs_are_those_of_the_resident_pool(monkeypatch, tmp_path, backend, settings, place):
@@ -241,7 +246,9 @@ def test_the_check_runs_only_when_asked_for_and_idle(pool):
 def test_ranks_are_added_up(pool):
     for layer in range(LAYERS):
         write(pool, page(3) + page(5), layer)
-    one = tiered_report.section(pool, scheduler_of(pool, [3]), SimpleNamespace(rid=tiered_report.CHECK))
+    one = tiered_report.section(
+        pool, scheduler_of(pool, [3]), SimpleNamespace(rid=tiered_report.CHECK)
+    )
     both = tiered_report.merge([one, one])
     assert both["bytes_saved"] == 2 * one["bytes_saved"] > 0
     assert both["frames_by_layer"] == [2 * frames for frames in one["frames_by_layer"]]
