@@ -4,9 +4,11 @@
 
 Servers of the embedded model answer streamed requests over HTTP (``traces.py``, ``cases.py``):
 
+* ``equal``: concurrent requests that share prefixes in part, some of whose clients leave, while the
+  tiered servers retract again and again. Arenas of 100, 50, 25 and 10 % of the KV.
 * ``cold``, ``warm``: prompts that share prefixes in part, some of whose clients leave; then the
-  same prompts decoded from the cache. Arenas of 100, 50, 25 and 10 % of the KV, placements, host
-  tiers, with and without pipeline.
+  same contexts, asked more, from the cache. Arenas, placements, host tiers, with and without
+  pipeline.
 * ``documents``: long contexts, each asked about three times. An arena of 25 % of the KV against an
   all-resident server with as many device bytes, sketches counted on both sides.
 * ``distinct``: the same two servers, prompts that share nothing, long answers.
@@ -24,6 +26,8 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 from benchmark.common import write_rows
 from benchmark.memory import plot
@@ -67,6 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
     # Servers are stopped on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     path = options.out / f"{NAME}.json"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(
+            "--device cuda: PyTorch finds no CUDA device; leave --device out to run on the CPU"
+        )
     kept: list[Row] = json.loads(path.read_text()) if options.resume and path.exists() else []
     missing: list[str] = []
     for case in QUICK if options.quick else DEFAULT:

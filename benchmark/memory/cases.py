@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmark.memory import traces
-from benchmark.memory.systems import GROUPS, QUARTER, SAME_BYTES, System
+from benchmark.memory.systems import ARENAS, CAPACITY, VARIANTS, System
 from benchmark.memory.traces import Trace, Writer
 
 SEED = 0
@@ -18,11 +18,13 @@ class Case(NamedTuple):
     Attributes:
         groups: those that take turns. The very first is all-resident: the answers of the others
             must equal its own.
+        retract: the others retract requests every few steps, whether they must or not.
     """
 
     name: str
     trace: Callable[[Writer], Trace]
     groups: tuple[tuple[System, ...], ...]
+    retract: bool = False
 
     @property
     def reference(self) -> System:
@@ -32,6 +34,9 @@ class Case(NamedTuple):
 
 def cases(kilotokens: int, rounds: int) -> tuple[Case, ...]:
     """With prompts of up to 1024 times ``kilotokens`` tokens."""
+
+    def equal(writer: Writer) -> Trace:
+        return traces.equal(writer, tokens=min(2048, 512 * kilotokens), new=48, clients=8)
 
     def decode(writer: Writer) -> Trace:
         return traces.decode(
@@ -50,9 +55,10 @@ def cases(kilotokens: int, rounds: int) -> tuple[Case, ...]:
         )
 
     return (
-        Case("decode", decode, GROUPS),
-        Case("documents", documents, ((SAME_BYTES, QUARTER),)),
-        Case("distinct", distinct, ((SAME_BYTES, QUARTER),)),
+        Case("equal", equal, ARENAS, retract=True),
+        Case("decode", decode, VARIANTS),
+        Case("documents", documents, CAPACITY),
+        Case("distinct", distinct, CAPACITY),
     )
 
 

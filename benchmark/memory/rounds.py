@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ Row = dict[str, Any]
 #: Counters of ``memory`` in ``/psa/stats`` that rows have the growth of.
 COUNTERS = ("hits", "loads", "bytes_loaded", "bytes_saved", "bytes_in_vain", "evictions")
 #: Memory of a server's processes, without pools.
-_PROCESSES = 4_000_000_000
+_PROCESSES = 3_000_000_000
 _MEMORY_SHARE = 0.85
 _HISTORY = 64
+RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"}
 
 
 class Up:
@@ -108,14 +111,20 @@ class CaseRun:
 
     @contextlib.contextmanager
     def _up(self, group: list[System]) -> Iterator[list[Up]]:
+        def start(system: System) -> Up | str:
+            try:
+                return self._start(system, stack)
+            except (RuntimeError, OSError, AssertionError) as error:
+                return str(error)
+
         with contextlib.ExitStack() as stack:
-            up = []
-            for system in group:
-                try:
-                    up.append(self._start(system, stack))
-                except (RuntimeError, OSError, AssertionError) as error:
-                    self._fail(system, str(error))
-            yield up
+            # Starting is work of one thread each.
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                started = list(pool.map(start, group))
+            for system, one in zip(group, started, strict=True):
+                if isinstance(one, str):
+                    self._fail(system, one)
+            yield [one for one in started if isinstance(one, Up)]
 
     def _start(self, system: System, stack: contextlib.ExitStack) -> Up:
         sized = self._sizes(system)
@@ -126,7 +135,10 @@ class CaseRun:
             system.name,
             arguments,
             self.folder / f"{name}.log",
-            {"OMP_NUM_THREADS": str(options.threads)},
+            {
+                "OMP_NUM_THREADS": str(options.threads),
+                **(RETRACT if self.case.retract and system != self.case.reference else {}),
+            },
         )
         stack.callback(server.stop)
         # What is compiled or allocated on first use.

@@ -55,11 +55,15 @@ class System:
 
 
 RESIDENT = System("resident")
+FULL = System("arena 100 %", 1.0)
+HALF = System("arena 50 %", 0.5)
 QUARTER = System("arena 25 %", 0.25)
+TENTH = System("arena 10 %", 0.1)
 SAME_BYTES = System("resident, bytes of 25 %", like=QUARTER)
 #: Those that are compared closely are up at the same time and take turns.
-GROUPS = (
-    (RESIDENT, System("arena 100 %", 1.0), System("arena 50 %", 0.5)),
+ARENAS = ((RESIDENT, FULL, HALF), (QUARTER, TENTH))
+VARIANTS = (
+    (RESIDENT, FULL, HALF),
     (
         QUARTER,
         System("25 %, lru", 0.25, "lru"),
@@ -67,12 +71,13 @@ GROUPS = (
         System("25 %, stop-and-go", 0.25, pipeline=False),
     ),
     (
-        System("arena 10 %", 0.1),
+        TENTH,
         System("10 %, layer-even", 0.1, EVEN),
         System("25 %, file", 0.25, host="file"),
         System("25 %, file, stop-and-go", 0.25, pipeline=False, host="file"),
     ),
 )
+CAPACITY = ((SAME_BYTES, QUARTER),)
 
 
 class Model(NamedTuple):

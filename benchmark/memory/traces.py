@@ -17,6 +17,9 @@ from sgl_psa.evaluate.prompt import Prompt
 from sgl_psa.evaluate.tasks import TASKS
 
 TASK = "multi_key"
+#: What a retracted request decoded sparsely is prefilled densely; with this rule both give the same
+#: tokens.
+CAREFUL = (("psa_delta", 0.001),)
 
 
 class Pass(NamedTuple):
@@ -121,6 +124,13 @@ def leaving(asks: Sequence[Ask], every: int) -> list[Ask]:
         else ask
         for number, ask in enumerate(asks)
     ]
+
+
+def equal(writer: Writer, *, tokens: int, new: int, clients: int) -> Trace:
+    """Half as many prompts again as there are clients, half of each shared, some clients leave."""
+    (prompts,) = writer.halves(clients + clients // 2, 1, tokens)
+    asks = leaving([Ask(ids, new, rule=CAREFUL) for ids in prompts], 4)
+    return Trace("equal", (Pass("equal", tuple(asks), clients, 1, True),))
 
 
 def decode(

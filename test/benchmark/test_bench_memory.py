@@ -11,11 +11,11 @@ from benchmark.memory import __main__ as command
 from benchmark.memory import measure, rounds, traces
 from benchmark.memory.cases import DEFAULT, QUICK, Case
 from benchmark.memory.systems import (
-    GROUPS,
     PAGE_SIZE,
     QUARTER,
     RESIDENT,
     SAME_BYTES,
+    VARIANTS,
     Model,
     System,
     flags,
@@ -196,7 +196,7 @@ def test_flags_are_settings_of_the_server(tmp_path) -> None:
 
     known = {f"psa_{f.name}" for f in fields()} | set(ServerArgs.__dataclass_fields__)
     model = Model.embedded("bfloat16")
-    for system in [SAME_BYTES, *(system for group in GROUPS for system in group)]:
+    for system in [SAME_BYTES, *(system for group in VARIANTS for system in group)]:
         sized = sizes(system, model, 64000, 16)
         names = flags(system, model, sized, 16, "cpu", tmp_path)[::2]
         assert {name.removeprefix("--").replace("-", "_") for name in names} <= known, names
