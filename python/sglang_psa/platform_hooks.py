@@ -83,7 +83,7 @@ def apply_vocab_mask(grammar: Any, logits: Any, vocab_mask: Any) -> None:
 def limit_tokens(tokens: int, configurator: Any, token_capacity: int) -> int | None:
     """Bound the page lists of small models, whose KV would fit in RAM by the ten million."""
     args = configurator.server_args
-    if args.max_total_tokens is not None or getattr(args, "psa_host_pool_bytes", 0):
+    if args.max_total_tokens is not None or getattr(args, "psa_host_pool_bytes", None):
         return None
     page = args.page_size
     return min(tokens, DEFAULT_MAX_TOKENS // page * page)

@@ -199,9 +199,12 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "two tiers and kernels",
-        lambda a: _tiered(a)
-        and (
-            (a.device or "cpu") != "cpu" or getattr(a, "psa_backend", None) in ("torch", "triton")
+        lambda a: (
+            _tiered(a)
+            and (
+                (a.device or "cpu") != "cpu"
+                or getattr(a, "psa_backend", None) in ("torch", "triton")
+            )
         ),
         "pages are brought from the host tier by the kernels for CPUs: use --device cpu and "
         f"--psa-backend cpu, {_ONE_TIER}",

@@ -37,9 +37,7 @@ class PSATieredKVPool(PSAKVPool):
         host = 2 * row * self.page_size * shape.num_pages * self.layer_num
         device = min(self._psa_config.device_pool_bytes, host)
         self.tier = TieredCache.build(
-            dataclasses.replace(
-                self._psa_config, host_pool_bytes=host, device_pool_bytes=device
-            ),
+            dataclasses.replace(self._psa_config, host_pool_bytes=host, device_pool_bytes=device),
             num_layers=self.layer_num,
             page_size=self.page_size,
             num_kv_heads=self.head_num,
@@ -104,9 +102,9 @@ class PSATieredKVPool(PSAKVPool):
         self.tier.close()
 
     def forget_pages(self, pages: torch.Tensor) -> None:
-        """Drop released pages, int64 [N], from both tiers."""
+        """Drop released pages, integers [N], from both tiers."""
         super().forget_pages(pages)
-        self.tier.release(pages)
+        self.tier.release(pages.long())
 
     def forget_all(self) -> None:
         """Drop every page (flush)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,15 +28,16 @@ def tier_sizes(
         tp_size: ranks that share the model's KV heads.
 
     Raises:
-        ConfigError: a tier cannot hold the least that one request needs.
+        ConfigError: a tier cannot hold the least that one request, or the placement, needs.
     """
     from sgl_psa_kernels.page_tier import TierShape
 
+    from sgl_psa.memory.placements import PLACEMENTS
     from sgl_psa.memory.sizes import pool_sizes
 
     heads = model.get_num_kv_heads(tp_size)
     shape = TierShape(num_layers, 1, 1, page_size, heads, model.head_dim, dtype)
-    return pool_sizes(
+    found = pool_sizes(
         config,
         num_layers=num_layers,
         page_size=page_size,
@@ -44,14 +46,18 @@ def tier_sizes(
         dtype=dtype,
         minimum_frames=shape.minimum_frames,
     )
+    PLACEMENTS[config.placement](
+        shape._replace(num_pages=found.num_pages, num_frames=found.num_frames)
+    )
+    return found
 
 
 def check_tiers(config: PSAConfig, server_args: Any, model: Any) -> None:
     """Refuse tiers at start-up, before the model is loaded.
 
     Raises:
-        ConfigError: a tier is too small for one request, the machine's memory is too small for
-            them, or the folder of the host tier cannot be written to.
+        ConfigError: a tier is too small for one request or for the placement, the machine's memory
+            or the disk is too small for them, or the folder of the host tier cannot be written to.
     """
     if not config.tiered:
         return
@@ -80,3 +86,10 @@ def check_tiers(config: PSAConfig, server_args: Any, model: Any) -> None:
         )
     if config.host_path:
         HostFile(config.host_path, 1).close()
+        disk = os.statvfs(config.host_path)
+        if disk.f_bavail * disk.f_frsize < ranks * found.host_bytes:
+            raise ConfigError(
+                f"host_path={config.host_path!r} has {disk.f_bavail * disk.f_frsize} bytes free, "
+                f"host_pool_bytes of {ranks} ranks take {ranks * found.host_bytes}: set "
+                "host_pool_bytes lower, or name another folder"
+            )

@@ -104,7 +104,7 @@ def test_released_pages_are_gone_from_both_tiers(pool, monkeypatch):
     monkeypatch.setattr(CpuPagedAllocator, "_release_page_ids", hooked)
     allocator = CpuPagedAllocator(SLOTS, PAGE, torch.float32, "cpu", pool, False)
     write(pool, page(3) + page(5))
-    allocator.free(torch.tensor(page(3)))
+    allocator.free(torch.tensor(page(3), dtype=torch.int32))  # As in req_to_token.
     tables = pool.tier.tier.tables
     assert tables.filled[0, [3, 5]].tolist() == [0, PAGE]
     assert pool.scorer.watermark[0, [3, 5]].tolist() == [0, PAGE]
@@ -210,6 +210,10 @@ def test_tiers_that_cannot_work_are_refused_at_the_start(tmp_path):
         PSAConfig(**tiers(1, host_pool_bytes=3 * LAYERS * FRAME)),
     )
     refused("no file can be made there", PSAConfig(**tiers(host_path=str(tmp_path / "none"))))
+    uneven = PSAConfig(**tiers(FEWEST * LAYERS - 1, placement="even"))
+    refused("placement='even' leaves .* or placement to demand", uneven)
+    full = PSAConfig(**tiers(host_path=str(tmp_path), host_pool_bytes=1 << 60))
+    refused("bytes free, host_pool_bytes of 2 ranks take", full, tp_size=2)
     huge = PSAConfig(**tiers(host_pool_bytes=1 << 60))
     refused("the machine has .* or set host_path to a folder", huge)
 
@@ -246,9 +250,8 @@ def test_the_check_runs_only_when_asked_for_and_idle(pool):
 def test_ranks_are_added_up(pool):
     for layer in range(LAYERS):
         write(pool, page(3) + page(5), layer)
-    one = tiered_report.section(
-        pool, scheduler_of(pool, [3]), SimpleNamespace(rid=tiered_report.CHECK)
-    )
+    question = SimpleNamespace(rid=tiered_report.CHECK)
+    one = tiered_report.section(pool, scheduler_of(pool, [3]), question)
     both = tiered_report.merge([one, one])
     assert both["bytes_saved"] == 2 * one["bytes_saved"] > 0
     assert both["frames_by_layer"] == [2 * frames for frames in one["frames_by_layer"]]
