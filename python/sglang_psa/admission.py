@@ -114,11 +114,11 @@ class SchedulerAdmission:
             ).long()
             for req in reqs
         ]
-        every = torch.cat(pages)
-        holders = torch.bincount(every)
+        holders = torch.bincount(torch.cat(pages))
+        several = torch.nonzero(holders > 1).flatten()
         decoding = [i for i, req in enumerate(reqs) if self.admission.decoding(req.rid)]
         found = [self._tier.working_set(pages[i][holders[pages[i]] == 1]) for i in decoding]
-        found.append(self._tier.working_set(torch.nonzero(holders > 1).flatten()))
+        found.append(self._tier.working_set(several) if len(several) else 0)
         if self._group is not None:
             counts = torch.tensor(found)
             torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX, self._group)
