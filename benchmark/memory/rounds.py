@@ -197,7 +197,6 @@ class CaseRun:
             "kv_bytes": one.sizes.kv_bytes,
             "device_bytes": one.sizes.device_bytes,
             "room_tokens": one.sizes.tokens,
-            "frames_by_layer": memory["frames_by_layer"] if memory else None,
             "residency": _history(memory) if memory else None,
             "device": self.options.device,
             "dtype": self.model.dtype,
@@ -218,11 +217,11 @@ def _hit_rate(grown: dict[str, float] | None, memory: dict[str, Any] | None) -> 
 
 
 def _history(memory: dict[str, Any]) -> dict[str, Any]:
-    """Frames of each layer over steps, thinned."""
-    steps, frames = memory["history"]["steps"], memory["history"]["frames"]
-    every = max(1, len(steps) // _HISTORY)
+    """What a picture of the residency is made from: frames of each layer over steps, thinned."""
+    history = memory["history"]
+    every = max(1, len(history["steps"]) // _HISTORY)
     return {
         "num_frames": memory["num_frames"],
-        "steps": steps[::every],
-        "frames": frames[::every],
+        "frames_by_layer": memory["frames_by_layer"],
+        "history": {name: values[::every] for name, values in history.items()},
     }

@@ -54,7 +54,9 @@ class Fake:
             del self.running[rid]
 
     async def abort(self, request: web.Request) -> web.Response:
-        self.running[(await request.json())["rid"]] = False
+        rid = (await request.json())["rid"]
+        if rid in self.running:
+            self.running[rid] = False
         return web.Response()
 
     async def loads(self, request: web.Request) -> web.Response:
