@@ -6,6 +6,11 @@
 #              VLLM_PYTHON=FILE: the Python of an environment with vLLM's CPU build (.venv-vllm);
 #              QUICK=1: a few minutes; FULL=1: 32k tokens of a larger model too, many hours;
 #              RESUME=1: keeps the finished cases of an earlier run
+# make bench-memory   servers with KV on two tiers against all-resident ones: out/bench_memory.json,
+#              out/bench_memory.md, residency by layer in out/bench_memory.png; about 25 minutes;
+#              QUICK=1: short prompts; RESUME=1: keeps the finished servers of an earlier run
+# make soak MINUTES=30   random load on a server with KV on two tiers; fails on a leak or a wrong
+#              answer; SEED=N: another load
 # make vllm-env   an environment for vLLM's CPU build, in .venv-vllm
 # make audit   requested against achieved coverage, to out/audit.json (QUICK=1: under a minute)
 # make calibrate MODEL=DIR   the prior of the budget prediction, to out/budget_prior.json
@@ -15,6 +20,8 @@
 SHELL := /bin/bash
 PORT ?= 30000
 WORKERS ?= 2
+MINUTES ?= 30
+SEED ?= 0
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1 \
 	&& { echo $$p; break; }; done)
@@ -28,8 +35,8 @@ UV_VERSION := 0.13.8
 unexport PYTHONDONTWRITEBYTECODE
 LINTED := sgl_psa python kernels test benchmark setup.py
 
-.PHONY: setup serve test test-fast test-server eval audit calibrate bench-ops bench-serving vllm-env lint \
-	format clean
+.PHONY: setup serve test test-fast test-server eval audit calibrate bench-ops bench-serving \
+	bench-memory soak vllm-env lint format clean
 
 setup: $(READY)
 
@@ -69,6 +76,13 @@ bench-serving: $(READY)
 	$(BIN)/python -m benchmark.serving --out out --vllm-python $(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) \
 		$(if $(filter-out 0,$(RESUME)),--resume) \
 		$(if $(filter-out 0,$(QUICK)),--quick,$(if $(filter-out 0,$(FULL)),--full))
+
+bench-memory: $(READY)
+	$(BIN)/python -m benchmark.memory --out out $(if $(filter-out 0,$(RESUME)),--resume) \
+		$(if $(filter-out 0,$(QUICK)),--quick)
+
+soak: $(READY)
+	$(BIN)/python -m benchmark.soak --out out --minutes $(MINUTES) --seed $(SEED)
 
 vllm-env: $(READY)
 	$(BIN)/uv venv --allow-existing --python $(PYTHON) $(VLLM_VENV)
