@@ -101,6 +101,12 @@ class FrameBook:
         usable &= ~foreign | (foreign.cumsum(0) <= room)
         return candidates[usable], foreign[usable]
 
+    def evict_all(self) -> torch.Tensor:
+        """All frames become free, when no copy is under way; returns the keys that lost theirs."""
+        frames = torch.nonzero(self._tables.owner >= 0).flatten()
+        self._free += frames.tolist()
+        return self._evict(frames)
+
     def _evict(self, frames: torch.Tensor) -> torch.Tensor:
         keys = self._tables.owner[frames]
         self._leave(frames, keys)

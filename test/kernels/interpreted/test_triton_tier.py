@@ -114,7 +114,7 @@ def test_attention_is_that_of_the_resident_pool(shape: TierShape, group: int, ru
         got = pool.tier.decode(0, step, *given, attended=flags[0], stats=stats, **options)
         assert all(map(torch.equal, got, want)) and got[2] is stats
         assert torch.equal(flags[0], flags[1])
-        pool.tier._begin()
+        pool.tier.traffic.begin()
     counters = pool.tier.counters()
     assert counters.loads > 0 and counters.hits > 0 and counters.bytes_read_through > 0
     assert pool.tier.check() == []
