@@ -1,9 +1,10 @@
 #!/bin/sh
 # Checks the Triton kernels on a GPU, then measures them; from the root of a checkout:
 #
-#     sh benchmark/gpu/run.sh [FOLDER FOR RESULTS, default out] [ops | serving]
+#     sh benchmark/gpu/run.sh [FOLDER FOR RESULTS, default out] [ops | memory | serving]
 #
-# The checks and the operators need torch and triton; FlashInfer, FlashAttention 3 and SGLang's
+# Without a stage, all of them. The checks, the operators and the tier of pages on the host (memory:
+# 10 GiB of RAM that can be pinned) need torch and triton; FlashInfer, FlashAttention 3 and SGLang's
 # kernels are peers where they are installed. The whole engine needs SGLang and this project
 # (pip install .) and is left out where they are missing. Results are JSON files in the folder.
 # Stops with 1 before measuring if a check fails.
@@ -18,10 +19,16 @@ status=0
 "$python" -m benchmark.gpu.check > "$out/gpu_check.txt" 2>&1 || status=$?
 cat "$out/gpu_check.txt"
 [ "$status" -eq 0 ] || exit 1
-if [ "$only" != serving ]; then
+if [ "$only" = all ] || [ "$only" = ops ]; then
     "$python" -m benchmark.gpu.decode_op --out "$out/gpu_decode_op.json"
 fi
-if [ "$only" != ops ]; then
+if [ "$only" = all ] || [ "$only" = memory ]; then
+    "$python" -m benchmark.gpu.check_memory > "$out/gpu_check_memory.txt" 2>&1 || status=$?
+    cat "$out/gpu_check_memory.txt"
+    [ "$status" -eq 0 ] || exit 1
+    "$python" -m benchmark.gpu.memory_op --out "$out/gpu_memory.json"
+fi
+if [ "$only" = all ] || [ "$only" = serving ]; then
     if "$python" -c 'import importlib.metadata as m; m.version("sglang"); m.version("sgl-psa")'; then
         "$python" -m benchmark.gpu.serving --out "$out/gpu_serving.json"
     else

@@ -17,6 +17,10 @@ import torch
 
 from sgl_psa_kernels.checks import require
 
+#: Elements that places of pages are counted in: every head dimension is a multiple, so that loads
+#: from a place are seen to be aligned.
+PLACE_UNIT = 16
+
 
 def interpreted() -> bool:
     """Whether kernels are interpreted on the CPU."""

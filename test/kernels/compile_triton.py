@@ -19,6 +19,8 @@ from kernel_cases import BF16, Case, make_batch
 from sgl_psa_kernels import triton_support
 from sgl_psa_kernels.candidate_pages import candidate_pages
 from sgl_psa_kernels.merge_state import merge_state
+from sgl_psa_kernels.page_tier import HostStore, TierShape, TritonTier
+from sgl_psa_kernels.page_tier.triton_state import LIST, MISSED
 from sgl_psa_kernels.tail_compensation import compensate
 from sgl_psa_kernels.watermark import advance
 from test_progressive_decode import RULES, decode
@@ -60,6 +62,27 @@ def main() -> None:
     compensate(**test_tail_compensation.arguments(batch), backend="triton")
     lse = torch.zeros(8)
     merge_state(torch.zeros(8, 128), lse, torch.zeros(8, 128), lse, backend="triton")
+
+    tier()
+
+
+def tier() -> None:
+    """A page tier with a page to bring; launches do nothing, so it is told that one was missed."""
+    shape = TierShape(1, 60, 16, 16, 2, 128, BF16)
+    made = TritonTier(shape, HostStore.memory(shape.host_bytes), True)
+    rows = torch.zeros(40, 2, 128, dtype=BF16)
+    made.write(0, torch.arange(16, 56), rows, rows)
+    made.gather(0, torch.arange(3), 40, rows, rows.clone())
+    log_mass = torch.zeros(1, 8, 50)
+    table, lens = torch.arange(50)[None].int(), torch.tensor([600], dtype=torch.int32)
+    for mass, group, step in ((None, 4, 1), (log_mass, 4, 2), (log_mass, 16, 3)):
+        rule = torch.full((1,), int(mass is not None), dtype=torch.int32)
+        made.state.numbers[MISSED : LIST + 1] = torch.tensor([1, 2])
+        made.decode(
+            0, step, torch.zeros(1, 8, 128, dtype=BF16), table, lens, mass, rule,
+            *torch.zeros(3, 1), sm_scale=1.0, sink_pages=1, recent_pages=1, group_pages=group,
+        )  # fmt: skip
+    assert made.counters().loads == 1
 
 
 launch = JITFunction.run

@@ -17,10 +17,12 @@ from sgl_psa_kernels.page_tier.host_store import HostStore, HostStoreError
 from sgl_psa_kernels.page_tier.reference import ReferenceTier
 from sgl_psa_kernels.page_tier.shape import TierCounters, TierShape, TierTables
 from sgl_psa_kernels.page_tier.tier import PageTier
+from sgl_psa_kernels.page_tier.triton_backend import TritonTier
 
 _IMPLEMENTATIONS: dict[str, Callable[[TierShape, HostStore, bool], PageTier]] = {
     "reference": ReferenceTier,
     "cpu": NativeTier,
+    "triton": TritonTier,
 }
 
 
@@ -32,14 +34,15 @@ def make_tier(
     Args:
         shape: sizes.
         host: at least ``shape.host_bytes`` bytes, of this tier alone.
-        backend: "reference" or "cpu" (C++).
+        backend: "reference", "cpu" (C++) or "triton" (on the current CUDA device; see
+            :class:`TritonTier` for what differs).
         pipeline: load the group of pages that is next in order while one is attended; otherwise
             pages are loaded when they are needed. The reference loads nothing ahead.
 
     Raises:
         ValueError: unknown backend, a bad shape, fewer frames than ``shape.minimum_frames``, a host
             store that is too small.
-        RuntimeError: backend "cpu" without a usable native library.
+        RuntimeError: backend "cpu" without a usable native library, "triton" without a CUDA device.
     """
     return choose(backend, _IMPLEMENTATIONS, "page_tier")(shape, host, pipeline)
 
@@ -51,5 +54,6 @@ __all__ = [
     "TierCounters",
     "TierShape",
     "TierTables",
+    "TritonTier",
     "make_tier",
 ]

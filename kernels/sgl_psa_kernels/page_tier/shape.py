@@ -131,6 +131,9 @@ class TierCounters(NamedTuple):
         stall_ns: core nanoseconds of decode without anything to do but to wait for loads.
         evictions: frames taken from a page.
         recycled: evictions of frames that the victims' order did not name.
+        bytes_read_through: attended on the host where they lie, by (row, KV head) pairs; of
+            "triton" alone, whose ``loads`` nothing waits for: its hit rate is hits / (hits +
+            bytes_read_through / bytes of a page of one head).
     """
 
     hits: int
@@ -141,3 +144,4 @@ class TierCounters(NamedTuple):
     stall_ns: int
     evictions: int
     recycled: int
+    bytes_read_through: int = 0

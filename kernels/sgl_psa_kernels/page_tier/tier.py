@@ -32,9 +32,12 @@ class PageTier(ABC):
         _check_shape(shape, host)
         self.shape, self.host = shape, host
         self.tables = TierTables.empty(shape)
-        frames = (shape.num_frames, *shape.page_shape)
-        self.k_frames = torch.empty(frames, dtype=shape.dtype)
-        self.v_frames = torch.empty(frames, dtype=shape.dtype)
+        self.k_frames, self.v_frames = self._make_frames()
+
+    def _make_frames(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the frames, [F, Hkv, page_size, D] each."""
+        size = (self.shape.num_frames, *self.shape.page_shape)
+        return torch.empty(size, dtype=self.shape.dtype), torch.empty(size, dtype=self.shape.dtype)
 
     @property
     def minimum_frames(self) -> int:

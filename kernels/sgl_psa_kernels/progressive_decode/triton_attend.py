@@ -2,6 +2,9 @@
 
 Lists of pages are attended in chunks whose length follows from the list alone, and the partial
 results are merged in a fixed order: a row's result depends neither on the batch nor on the device.
+
+``TIERED``: pages lie in records [2, Hkv, PAGE, D] anywhere in memory that the device can address;
+``place_of`` int64 has where each begins, in units of 16 elements from the pointers ``k`` and ``v``.
 """
 
 import triton
@@ -18,6 +21,7 @@ from sgl_psa_kernels.progressive_decode.triton_select import (
     kappa_now,
     lower_bound,
 )
+from sgl_psa_kernels.triton_support import PLACE_UNIT
 from sgl_psa_kernels.triton_tiles import (
     absorb,
     add_moments,
@@ -27,6 +31,8 @@ from sgl_psa_kernels.triton_tiles import (
     page_masses,
     tile_logits,
 )
+
+UNIT = tl.constexpr(PLACE_UNIT)
 
 
 @triton.jit
@@ -39,6 +45,15 @@ def compared(rule, FORCED: tl.constexpr, TOLD: tl.constexpr):
 
 
 @triton.jit
+def first_slot(page, place, live, PAGE: tl.constexpr, TIERED: tl.constexpr):
+    """Slots of the first tokens of physical pages; where TIERED: of ``UNIT`` elements."""
+    slot = page.to(tl.int64) * PAGE
+    if TIERED:
+        slot = tl.load(place + page, mask=live, other=0)
+    return slot
+
+
+@triton.jit
 def chunk_pages(count, LEAST: tl.constexpr, PAGES: tl.constexpr, CHUNKS: tl.constexpr):
     """Pages of a chunk of a list of ``count``: whole tiles, at most CHUNKS chunks."""
     pages = tl.maximum((count + CHUNKS - 1) // CHUNKS, LEAST)
@@ -47,13 +62,14 @@ def chunk_pages(count, LEAST: tl.constexpr, PAGES: tl.constexpr, CHUNKS: tl.cons
 
 @triton.jit
 def attend_list(
-    q, k, v, page_table, seq_lens, mode, log_mass, pages, counts,
+    q, k, v, page_table, seq_lens, place_of, mode, log_mass, pages, counts,
     part_out, part_lse, part_moments,
     q_row, q_head, k_slot, k_head, v_slot, v_head, table_row, M, chunks_given, scale,
     FORCED: tl.constexpr, ESTIMATES: tl.constexpr, TOLD: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, GT: tl.constexpr, D: tl.constexpr, DT: tl.constexpr,
     PAGE: tl.constexpr, PAGES: tl.constexpr, PART: tl.constexpr,
     LEAST: tl.constexpr, CHUNKS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TIERED: tl.constexpr,
 ):  # fmt: skip
     """Attend the first ``counts`` [R] of ``pages`` [R, M], a chunk at a time: part_out
     [R, chunks_given, G, D], part_lse [R, chunks_given, G] and, where the rule needs them, the
@@ -70,6 +86,7 @@ def attend_list(
     at = q + b * q_row + (h * G + g)[:, None] * q_head + dims[None, :]
     query = tl.load(at, mask=real, other=0.0).to(DOT)
     token = tl.arange(0, PAGES * PART)
+    apart: tl.constexpr = D // UNIT if TIERED else 1
     size = chunk_pages(count, LEAST, PAGES, CHUNKS)
     chunk = tl.program_id(1)
     while chunk * size < count:
@@ -85,10 +102,11 @@ def attend_list(
             place = first + token // PART
             page = tl.load(pages + r * M + place, mask=place < stop, other=0)
             frame = tl.load(page_table + b * table_row + page, mask=place < stop, other=0)
+            begin = first_slot(frame, place_of, place < stop, PAGE, TIERED)
             for part in range(PAGE // PART):
                 offset = part * PART + token % PART
                 live = (place < stop) & (page * PAGE + offset < length)
-                slot = frame.to(tl.int64) * PAGE + offset
+                slot = begin + offset * apart
                 logits = tile_logits(
                     query, k + h * k_head, slot, live, dims, D, k_slot, scale, PRECISION
                 )
@@ -206,7 +224,7 @@ def merge_chunks(
 
 @triton.jit
 def rounds(
-    q, k, v, page_table, seq_lens, log_mass,
+    q, k, v, page_table, seq_lens, place_of, log_mass,
     mode, threshold, kappa_floor, kappa_std, kappa_start,
     key, found, order, suffix, lse, total, latest, seen, scored, state, group_count,
     listed, state_out, attended, out, kappa_out, residuals,
@@ -215,7 +233,7 @@ def rounds(
     HKV: tl.constexpr, G: tl.constexpr, GT: tl.constexpr, D: tl.constexpr, DT: tl.constexpr,
     PAGE: tl.constexpr, PAGES: tl.constexpr, PART: tl.constexpr,
     WINDOW: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, TIERED: tl.constexpr,
 ):  # fmt: skip
     """All groups that are left, until the rule stops; then the result. Grid (R,).
 
@@ -240,6 +258,7 @@ def rounds(
         length = tl.load(seq_lens + b)
         n = (length + PAGE - 1) // PAGE
         token = tl.arange(0, PAGES * PART)
+        apart: tl.constexpr = D // UNIT if TIERED else 1
         rows = q + b * q_row + (h * G + g)[:, None] * q_head + dims[None, :]
         query = tl.load(rows, mask=tile, other=0.0).to(DOT)
         whole = tl.load(total + heads, mask=real, other=0.0)
@@ -278,11 +297,12 @@ def rounds(
                     place = first + token // PART
                     own = tl.load(listed + r * M + place, mask=place < taken, other=0)
                     frame = tl.load(page_table + b * table_row + own, mask=place < taken, other=0)
+                    begin = first_slot(frame, place_of, place < taken, PAGE, TIERED)
                     mass = tl.full([GT, PAGES], float("-inf"), tl.float32)
                     for part in range(PAGE // PART):
                         offset = part * PART + token % PART
                         live = (place < taken) & (own * PAGE + offset < length)
-                        slot = frame.to(tl.int64) * PAGE + offset
+                        slot = begin + offset * apart
                         logits = tile_logits(
                             query, k + h * k_head, slot, live, dims, D, k_slot, scale, PRECISION
                         )

@@ -15,6 +15,7 @@ import torch
 
 from sgl_psa_kernels.progressive_decode.modes import NUM_STATS
 from sgl_psa_kernels.triton_support import (
+    PLACE_UNIT,
     dot_dtype,
     head_tile,
     kernels,
@@ -62,15 +63,23 @@ def progressive_decode(
     attended: torch.Tensor | None = None,
     kappa_start: torch.Tensor | None = None,
     residuals: torch.Tensor | None = None,
+    place: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.progressive_decode.progressive_decode`.
 
     Values on the device are not checked: a page number outside of the pool is an illegal access, a
     mode outside of 0..3 attends forced pages only. Rows with a rule but no ``log_mass`` attend all.
+
+    Args:
+        place: None, or int64 [pages], where the record [2, Hkv, page_size, D] of a physical page
+            begins, in units of ``PLACE_UNIT`` elements from the first element of ``k_cache``: keys
+            there, values as far from the first element of ``v_cache``. The caches are then
+            [any, Hkv, page_size, D] views of keys and values of records that lie one by one.
+        The others: as there.
     """
     op, folder = "progressive_decode", "progressive_decode"
     given = [q, k_cache, v_cache, page_table, seq_lens, log_mass, mode, threshold]
-    given += [kappa_floor, kappa_std, first_pages, attended, kappa_start, residuals]
+    given += [kappa_floor, kappa_std, first_pages, attended, kappa_start, residuals, place]
     select = kernels(op, f"{folder}.triton_select", *given)
     attend = kernels(op, f"{folder}.triton_attend", *given)
     batch, num_q, dim = q.shape
@@ -118,8 +127,12 @@ def progressive_decode(
         "DOT": dot_dtype(q.dtype),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }
-    strides = [*q.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], page_table.stride(0)]
-    inputs = (q, k_cache, v_cache, page_table, seq_lens)
+    tiered = {"TIERED": place is not None}
+    cache_strides = [*k_cache.stride()[:2], *v_cache.stride()[:2]]
+    if place is not None:
+        cache_strides = [PLACE_UNIT, page_size * dim] * 2
+    strides = [*q.stride()[:2], *cache_strides, page_table.stride(0)]
+    inputs = (q, k_cache, v_cache, page_table, seq_lens, place)
     part_out, part_lse = empty(pairs, chunks, group, dim), empty(pairs, chunks, group)
     parts = (part_out, part_lse, empty(pairs, chunks, 3, group))
 
@@ -130,7 +143,7 @@ def progressive_decode(
         attend.attend_list[(pairs, turns)](
             *inputs, mode, log_mass, listed, counts, *parts,
             *strides, pages, chunks, sm_scale,
-            FORCED=forced, **flags, **wide, **exact, **tile, **limits,
+            FORCED=forced, **flags, **wide, **exact, **tile, **limits, **tiered,
         )  # fmt: skip
         attend.merge_chunks[(pairs, group)](
             mode, counts, *parts, state, lse, latest, seen, chunks,
@@ -170,6 +183,7 @@ def progressive_decode(
             listed, state, attended, out, kappa, residuals,
             *strides, pages, group_pages, sm_scale,
             GROUPED=wide_rounds > 0, **started, **flags, **wide, **exact, **tile, **window,
+            **tiered,
         )  # fmt: skip
         select.statistics[(pairs,)](
             log_mass, mode, seq_lens, attended, lse, kappa, scored, stale_count, progress, stats,

@@ -1,0 +1,340 @@
+"""The page tier in Triton: bit for bit the resident pool, whatever lies where."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sgl_psa_kernels.page_tier import HostStore, TierShape, TritonTier
+from sgl_psa_kernels.page_tier.triton_streams import Inline
+from sgl_psa_kernels.progressive_decode import progressive_decode
+from sgl_psa_kernels.progressive_decode import triton_backend as decode_backend
+from tier_cases import Pool
+
+FP16, FP32 = torch.float16, torch.float32
+SHAPE = TierShape(2, 21, 16, 8, 2, 16, FP16)
+#: Dense, marginal and coverage.
+RULES = ((0, 0.0, 0.0, 0.0), (1, -1.0, 0.0, 0.0), (2, -1.0, 0.0, 1.0))
+
+
+class Late:
+    """An event that the test lets pass."""
+
+    def __init__(self, streams: LateStreams) -> None:
+        self._streams, self.passed = streams, False
+
+    def query(self) -> bool:
+        return self.passed
+
+    def synchronize(self) -> None:
+        self._streams.run()
+
+
+class LateStreams(Inline):
+    """A side stream that runs when the test says; all that waits, in its order."""
+
+    def __init__(self) -> None:
+        self._told = []
+
+    def aside(self, work):
+        event = Late(self)
+        self._told.append((work, event))
+        return event
+
+    def run(self, count: int = 10**9) -> None:
+        while self._told and count > 0:
+            work, event = self._told.pop(0)
+            work()
+            event.passed = True
+            count -= 1
+
+
+def make_pool(shape: TierShape, pipeline: bool = True, streams=None, seed: int = 0) -> Pool:
+    tier = TritonTier(shape, HostStore.memory(shape.host_bytes), pipeline, streams)
+    # What was never written must not be read.
+    tier.k_frames.fill_(float("nan"))
+    tier.v_frames.fill_(float("nan"))
+    size = (shape.num_layers, shape.num_pages * shape.page_size, shape.num_kv_heads, shape.head_dim)
+    k = torch.full(size, float("nan"), dtype=shape.dtype)
+    return Pool(tier, k, k.clone(), torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Rows:
+    """Arguments of decode for rows (pages, length)."""
+
+    table: torch.Tensor
+    lens: torch.Tensor
+    rest: tuple[torch.Tensor | None, ...]
+    q: torch.Tensor
+
+    @classmethod
+    def make(cls, pool: Pool, rows, rule) -> Rows:
+        shape, count = pool.shape, len(rows)
+        width = max(len(pages) for pages, _ in rows) + 1
+        table = torch.full((count, width), 2**30, dtype=torch.int32)
+        for row, (pages, _) in enumerate(rows):
+            table[row, : len(pages)] = torch.as_tensor(pages)
+        lens = torch.tensor([length for _, length in rows], dtype=torch.int32)
+        heads = 2 * shape.num_kv_heads
+        q = torch.randn(count, heads, shape.head_dim, generator=pool.rng).to(shape.dtype)
+        mass = 2 * torch.randn(count, heads, width, generator=pool.rng) if rule[0] else None
+        columns = (torch.full((count,), x) for x in rule[1:])
+        return cls(table, lens, (mass, torch.full((count,), rule[0]).int(), *columns), q)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["dense", "marginal", "coverage"])
+@pytest.mark.parametrize(
+    ("shape", "group"),
+    [(TierShape(1, 13, 8, 16, 1, 80, FP16), 2), (TierShape(1, 7, 2, 64, 1, 32, FP32), 4)],
+    ids=str,
+)
+def test_attention_is_that_of_the_resident_pool(shape: TierShape, group: int, rule) -> None:
+    """Pages on the host, then in frames in part; groups of 4 are split over programs."""
+    pool = make_pool(shape)
+    tokens = (shape.num_pages - 1) * shape.page_size - 2
+    pages = torch.randperm(shape.num_pages - 1, generator=pool.rng) + 1
+    pool.fill(pages, tokens)
+    assert torch.equal(pool.gather(0, pages, tokens), pool.truth(0, pages, tokens))
+    rows = Rows.make(pool, [(pages, tokens)], rule)
+    options = {"sink_pages": 1, "recent_pages": 1, "group_pages": group}
+    options |= {"sm_scale": shape.head_dim**-0.5}
+    flags = torch.full((2, 1, 1, rows.table.shape[1]), 7, dtype=torch.uint8)
+    want = progressive_decode(
+        rows.q, pool.k[0], pool.v[0], rows.table, rows.lens, *rows.rest, attended=flags[1],
+        page_size=shape.page_size, backend="triton", **options,
+    )  # fmt: skip
+    stats = torch.empty(1, 1, 6)
+    for step in (1, 3):
+        given = (rows.q, rows.table, rows.lens, *rows.rest)
+        got = pool.tier.decode(0, step, *given, attended=flags[0], stats=stats, **options)
+        assert all(map(torch.equal, got, want)) and got[2] is stats
+        assert torch.equal(flags[0], flags[1])
+        pool.tier.traffic.begin()
+    counters = pool.tier.counters()
+    assert counters.loads > 0 and counters.hits > 0 and counters.bytes_read_through > 0
+    assert pool.tier.check() == []
+
+
+@pytest.fixture
+def attention(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """In place of attention, which takes seconds here: each page that is ``chosen`` is found where
+    its place says, equal to the truth."""
+    self = SimpleNamespace(pool=None, layer=0, chosen=lambda shape: torch.ones(shape))
+
+    def attend(q, k, v, table, lens, log_mass, *rule, attended, place, page_size, **_):
+        shape = self.pool.shape
+        attended.zero_()
+        part = shape.record_bytes // 2
+        assert (v.data_ptr() - k.data_ptr()) == part
+        for row, length in enumerate(lens.tolist()):
+            count = -(-length // page_size)
+            flags = self.chosen((shape.num_kv_heads, count))
+            flags[:, -1:] = 1
+            attended[row, :, :count] = flags
+            for at in torch.nonzero(flags.any(0)).flatten().tolist():
+                page = int(table[row, at])
+                address = k.data_ptr() + int(place[page]) * 16 * shape.dtype.itemsize
+                record = (ctypes.c_char * (2 * part)).from_address(address)
+                held = torch.frombuffer(record, dtype=shape.dtype).view(2, *shape.page_shape)
+                tokens = min(page_size, length - at * page_size)
+                truth = self.pool.truth(self.layer, torch.tensor([page]), tokens)
+                if not self.lenient:
+                    assert torch.equal(held[:, :, :tokens].movedim(1, 2), truth)
+        size = (*attended.shape[:2], 6)
+        return q.clone(), torch.zeros(q.shape[:2]), torch.zeros(size)
+
+    self.lenient = False
+    monkeypatch.setattr(decode_backend, "progressive_decode", attend)
+
+    def decode(pool: Pool, layer: int, step: int, rows) -> None:
+        self.pool, self.layer = pool, layer
+        made = Rows.make(pool, rows, RULES[0])
+        options = {"sink_pages": 1, "recent_pages": 1, "group_pages": 2, "sm_scale": 1.0}
+        pool.tier.decode(layer, step, made.q, made.table, made.lens, *made.rest, **options)
+
+    self.decode = decode
+    return self
+
+
+def frames_hold_their_pages(pool: Pool) -> None:
+    tier, shape = pool.tier, pool.shape
+    for frame, key in enumerate(tier.tables.owner.tolist()):
+        layer, page = divmod(key, shape.num_pages)
+        filled = int(tier.tables.filled[layer, page]) if key >= 0 else 0
+        truth = pool.truth(layer, torch.tensor([page]), filled)
+        held = torch.stack([tier.k_frames[frame], tier.v_frames[frame]])
+        assert torch.equal(held[:, :, :filled].movedim(1, 2), truth)
+
+
+def test_pages_come_a_step_after_they_were_attended_and_stay(attention) -> None:
+    pool = make_pool(SHAPE)
+    pages = list(range(1, 8))
+    pool.fill(torch.tensor(pages), 55)
+    tier = pool.tier
+    for layer in range(2):
+        attention.decode(pool, layer, 1, [(pages, 55), (pages[:3], 24)])
+    first = tier.counters()
+    assert (first.hits, first.loads) == (0, 0)
+    for layer in range(2):
+        attention.decode(pool, layer, 2, [(pages, 55)])
+    # The open page was there for step 2, the others were being copied.
+    second = tier.counters()
+    assert second.loads == 14 and second.bytes_loaded == 14 * SHAPE.record_bytes
+    for layer in range(2):
+        attention.decode(pool, layer, 3, [(pages, 55)])
+    tier.drain()
+    third = tier.counters()
+    pairs = SHAPE.num_kv_heads * SHAPE.num_layers
+    assert third.hits == pairs * (1 + 7)
+    page_bytes = SHAPE.record_bytes // SHAPE.num_kv_heads
+    assert third.bytes_read_through == pairs * (7 + 3 + 6) * page_bytes
+    assert third.loads == 14 and third.evictions == 0
+    assert tier.tables.stamp[:, 1:8].eq(3).all() and int(tier.tables.stamp.sum()) == 3 * 14
+    assert tier.tables.filled[0, :9].tolist() == [0, *[8] * 6, 7, 0]
+    frame = int(tier.tables.frame_of[1, 7])
+    assert int(tier.tables.uses[frame]) == 2 * SHAPE.num_kv_heads
+    assert tier.check() == []
+    frames_hold_their_pages(pool)
+
+
+def test_a_working_set_beyond_the_arena_does_not_push_itself_out(attention) -> None:
+    pool = make_pool(SHAPE)
+    pages = list(range(1, 21))
+    pool.fill(torch.tensor(pages), 160)
+    for step in range(1, 6):
+        for layer in range(2):
+            attention.decode(pool, layer, step, [(pages, 160)])
+    counters = pool.tier.counters()
+    assert counters.loads == SHAPE.num_frames and counters.evictions == 0
+    assert pool.tier.check() == []
+
+
+def test_victims_go_in_their_order_and_recent_ones_stay(attention) -> None:
+    shape = SHAPE._replace(num_layers=1)
+    pool = make_pool(shape)
+    tier = pool.tier
+    pages = list(range(1, 17))
+    pool.fill(torch.tensor(pages), 128)
+    for step in (1, 2, 3):
+        attention.decode(pool, 0, step, [(pages, 128)])
+    frame_of = tier.tables.frame_of
+    pool.fill(torch.arange(17, 20), 24)
+    order = frame_of[0, [5, 5, 9, 2]]
+    tier.set_victims(order[None])
+    attention.decode(pool, 0, 4, [([5, 17, 18, 19], 32)])
+    attention.decode(pool, 0, 5, [([5], 8)])
+    # 5 was attended; 9 and 2 made room, and one more in rotation.
+    assert int(frame_of[0, 5]) >= 0
+    assert (frame_of[0, [9, 2]] < 0).all() and (frame_of[0, 17:20] >= 0).all()
+    counters = tier.counters()
+    assert (counters.evictions, counters.recycled, counters.loads) == (3, 1, 19)
+    attention.decode(pool, 0, 6, [(pages, 128)])
+    assert tier.check() == []
+    frames_hold_their_pages(pool)
+
+
+def test_a_layer_at_its_quota_takes_its_own_frames(attention) -> None:
+    pool = make_pool(SHAPE._replace(num_frames=24))
+    pool.tier.set_quota(16)
+    pages = list(range(1, 21))
+    pool.fill(torch.tensor(pages), 160)
+    for step in range(1, 7):
+        half = pages[:10] if step < 4 else pages[10:]
+        attention.decode(pool, 0, step, [(half, 80)])
+        attention.decode(pool, 1, step, [(pages[:2], 16)])
+    held = (pool.tier.tables.frame_of >= 0).sum(1).tolist()
+    assert held == [16, 2]
+    assert pool.tier.counters().evictions == 4
+    assert pool.tier.check() == []
+
+
+def test_a_page_that_is_too_short_stops_the_tier_a_step_later(attention) -> None:
+    pool = make_pool(SHAPE)
+    pool.fill(torch.tensor([1, 2]), 12)
+    attention.lenient = True
+    attention.decode(pool, 0, 1, [([1, 2], 13)])
+    attention.decode(pool, 1, 1, [([1, 2], 12)])
+    with pytest.raises(RuntimeError, match="page 2 of layer 0 held fewer tokens"):
+        attention.decode(pool, 0, 2, [([1, 2], 12)])
+    with pytest.raises(RuntimeError, match="page 2 of layer 0 held fewer tokens"):
+        pool.write(0, torch.tensor([0]))
+
+
+def test_released_pages_leave_their_frames_and_can_be_written_anew(attention) -> None:
+    pool = make_pool(SHAPE)
+    pages = list(range(1, 9))
+    for life in range(3):
+        pool.fill(torch.tensor(pages), 61)
+        for step in range(3 * life + 1, 3 * life + 4):
+            for layer in range(2):
+                attention.decode(pool, layer, step, [(pages, 61)])
+        pool.tier.release(torch.tensor(pages))
+        assert (pool.tier.tables.owner == -1).all()
+        assert pool.tier.check() == []
+        assert int(pool.tier.tables.filled.sum()) == int(pool.tier.tables.stamp.sum()) == 0
+    pool.tier.clear()
+    pool.tier.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.write(0, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_requests_with_copies_that_end_at_any_time(seed: int, attention) -> None:
+    """Requests come, share a prefix, grow and go; side work runs at random points in between."""
+    shape = TierShape(2, 25, (16, 16, 24, 40)[seed], 8, 1, 16, FP16)
+    streams = LateStreams()
+    pool = make_pool(shape, pipeline=seed != 3, streams=streams, seed=seed)
+    choose = random.Random(seed)
+    free = list(range(1, shape.num_pages))
+    choose.shuffle(free)
+    prefix = [free.pop(), free.pop()]
+    pool.fill(torch.tensor(prefix), 16)
+    requests: list[list] = []
+    for step in range(1, 26):
+        if len(requests) < 3 and len(free) >= 4:
+            own = [free.pop() for _ in range(choose.randint(1, 4))]
+            length = 16 + choose.randint(8 * len(own) - 7, 8 * len(own))
+            for layer in range(2):
+                pool.write(layer, pool.slots(torch.tensor(own))[: length - 16])
+            requests.append([prefix + own, length])
+        for request in requests:
+            if request[1] == 8 * len(request[0]) and free:
+                request[0].append(free.pop())
+        requests = [r for r in requests if r[1] < 8 * len(r[0])] or requests[:1]
+        grown = [r for r in requests if r[1] < 8 * len(r[0])]
+        new = torch.tensor([r[0][r[1] // 8] * 8 + r[1] % 8 for r in grown])
+        for request in grown:
+            request[1] += 1
+        for layer in range(2):
+            streams.run(choose.choice((0, 0, 1, 2)))
+            if len(new):
+                pool.write(layer, new)
+            streams.run(choose.choice((0, 0, 0, 1)))
+            attention.decode(pool, layer, step, [tuple(r) for r in requests])
+        held = set(prefix).union(*(r[0] for r in requests))
+        gone = [p for p in range(1, shape.num_pages) if p not in held and p not in free]
+        if choose.random() < 0.4 and requests:
+            gone += requests.pop(choose.randrange(len(requests)))[0][2:]
+        if gone:
+            pool.tier.release(torch.tensor(gone))
+            free += gone
+            choose.shuffle(free)
+        if choose.random() < 0.3:
+            frames = torch.randperm(shape.num_frames, generator=pool.rng)[None, :9]
+            pool.tier.set_victims(frames.int())
+    assert pool.tier.check() == []
+    frames_hold_their_pages(pool)
+    counters = pool.tier.counters()
+    assert counters.loads > 20 and counters.hits > 0
+    pool.tier.clear()
+    assert pool.tier.check() == []
+
+
+def test_a_file_is_refused() -> None:
+    with pytest.raises(ValueError, match="host store in memory"):
+        TritonTier(SHAPE, HostStore.file(0, SHAPE.host_bytes), True)
