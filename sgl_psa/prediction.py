@@ -11,7 +11,7 @@ import torch
 from sgl_psa.budget import BudgetPrior, BudgetState
 from sgl_psa.config import PSAConfig
 from sgl_psa.residuals import KEPT_STD, ResidualState
-from sgl_psa.row import CONSERVATIVE, COVERAGE, DENSE
+from sgl_psa.row import CONSERVATIVE, COVERAGE
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers.base import CacheShape
@@ -90,7 +90,7 @@ class Predictor:
             num_slots: of the request pool.
             slots: int64 [B].
             seq_lens: int32 [B], the current token included.
-            rows: with the modes that the step runs with.
+            rows: with the modes that the step runs with, no stop rule where a row is dense.
             coverage_rows: how many of them have mode ``COVERAGE``.
 
         Returns:
@@ -101,7 +101,7 @@ class Predictor:
         self.state.reserve(num_slots)
         fresh = self.state.start(slots, rows.generation, pages, self.prior)
         self.residuals.start(num_slots, slots, fresh)
-        self._slots, self._valid = slots, rows.stops & (rows.mode != DENSE)
+        self._slots, self._valid = slots, rows.stops
         self._tracked, self._kappa, self._sums = None, None, None
         if coverage_rows:
             self._tracked = rows.stops & (rows.mode == COVERAGE)

@@ -62,6 +62,7 @@ class RuleTable:
         self._generations = (
             torch.zeros(num_slots, dtype=torch.int64, device=device) if config.predict else None
         )
+        self._kept: tuple[list[int], RuleRows] | None = None
         self._choosing = set(range(num_slots)) if policy.select else set()
         self._mode = torch.full((num_slots,), row.mode, dtype=torch.int32, device=device)
         self._scored = torch.full((num_slots,), policy.reads_scores, device=device)
@@ -86,6 +87,7 @@ class RuleTable:
         old, self.rules[slot] = self.rules[slot], rule
         if rule is old:
             return False
+        self._kept = None
         self._generation[slot] += 1
         if self._generations is not None:
             self._generations[slot] = self._generation[slot]
@@ -107,14 +109,18 @@ class RuleTable:
         self._floats[:, slot] = torch.tensor(row[1:], dtype=torch.float32)
 
     def rows(self, slots: torch.Tensor) -> RuleRows:
-        """The rules of ``slots``, int64 [B]; reads ``slots`` on the host only if some choose."""
+        """The rules of ``slots``, int64 [B]; the same object as long as nothing changes, where they
+        are on the host. Otherwise they are read there only if some choose."""
+        on_host = slots.tolist() if slots.is_cpu or self._choosing else []
+        if slots.is_cpu and self._kept is not None and self._kept[0] == on_host:
+            return self._kept[1]
         threshold, floor, std = self._floats[:, slots].contiguous().unbind(0)
         picks = tuple(
             Pick(row, slot, self.rules[slot], self._generation[slot])
-            for row, slot in enumerate(slots.tolist() if self._choosing else ())
+            for row, slot in enumerate(on_host)
             if slot in self._choosing
         )
-        return RuleRows(
+        rows = RuleRows(
             self._mode[slots],
             threshold,
             floor,
@@ -125,3 +131,5 @@ class RuleTable:
             self._stops[slots],
             None if self._generations is None else self._generations[slots],
         )
+        self._kept = (on_host, rows) if slots.is_cpu else None
+        return rows

@@ -164,7 +164,7 @@ class StaticPlanner:
         lens.copy_(seq_lens)
         lens[size - num_padding :].zero_()
         sparse = (rows.mode != 0) & (lens >= wrapper.min_context) & (lens > 0)
-        rows = rows._replace(mode=rows.mode * sparse)
+        rows = rows._replace(mode=rows.mode * sparse, stops=rows.stops & sparse)
         active.copy_(sparse & rows.scored)
         if wrapper.predictor is not None:
             # Any row may have the coverage rule, as far as the host knows.

@@ -6,9 +6,11 @@ were read to choose pages, so a fraction is of everything that dense attention w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -137,29 +139,42 @@ def step_stats(
             and otherwise; ``None``: none.
         stops: bool [B], rows whose reading a stop rule ended; ``None``: no row.
     """
-    x = columns.to(torch.float64)
-    known = ~torch.isnan(x[..., COVERAGE])
-    if summary_bytes is None:
-        summary_bytes = torch.zeros_like(x[..., PAGES])
-    lens = seq_lens.to(torch.float64)[None, :, None].expand(x.shape[:3])
-    real = (lens > 0).to(torch.float64)
     if stops is None:
         stops = torch.zeros_like(seq_lens, dtype=torch.bool)
-    stopped = stops.to(torch.float64)[None, :, None].expand(x.shape[:3])
-    columns_out = [
-        real,
-        x[..., PAGES],
-        torch.ceil(lens / page_size),
-        x[..., TOKENS] * cost.token + summary_bytes,
-        lens * cost.token,
-        x[..., ROUNDS],
-        x[..., COVERAGE].nan_to_num(nan=0.0),
-        x[..., STALE],
-        known.to(torch.float64),
-        stopped,
-        stopped * (x[..., ROUNDS] <= 1),
+    if summary_bytes is None:
+        summary_bytes = torch.zeros_like(columns[..., PAGES])
+    given = (columns.double(), seq_lens.double(), summary_bytes.double(), stops)
+    if columns.is_cpu:
+        table = torch.from_numpy(_sums(np, [x.numpy() for x in given], page_size, cost))
+    else:
+        table = _sums(torch, given, page_size, cost)
+    return StepStats(table, sparse_rows)
+
+
+def _sums(xp: Any, given: Sequence[Any], page_size: int, cost: ByteCost) -> Any:
+    """The table of :class:`StepStats`, with ``xp`` numpy or torch: a call of torch takes several
+    times as long, which counts for tensors as small as on CPUs."""
+    columns, lens, summary_bytes, stops = given
+    heads = columns.shape[2]
+    known = columns == columns
+    sums = xp.where(known, columns, 0.0).sum(2)
+    blank = 0.0 * sums[..., PAGES]
+    real = lens > 0
+    stopped = stops * real
+    table = [
+        blank + heads,
+        sums[..., PAGES],
+        blank + heads * xp.ceil(lens / page_size),
+        (columns[..., TOKENS] * cost.token + summary_bytes).sum(2),
+        blank + heads * cost.token * lens,
+        sums[..., ROUNDS],
+        sums[..., COVERAGE],
+        sums[..., STALE],
+        blank + known[..., COVERAGE].sum(2),
+        blank + heads * stopped,
+        stopped * (columns[..., ROUNDS] <= 1).sum(2) + blank,
     ]
-    return StepStats((torch.stack(columns_out, -1) * real[..., None]).sum(2), sparse_rows)
+    return xp.stack(table, -1) * real[:, None]
 
 
 class PSAStats:
@@ -182,7 +197,9 @@ class PSAStats:
         """Account one decode step."""
         self.decode_steps += 1
         self._sparse_rows = self._sparse_rows + step.sparse_rows
-        self._table = self._table.to(step.table.device) + step.table.sum(1)
+        if self._table.device != step.table.device:
+            self._table = self._table.to(step.table.device)
+        self._table += step.table.sum(1)
 
     @property
     def sparse_rows(self) -> int:

@@ -27,6 +27,25 @@ if TYPE_CHECKING:
     from sgl_psa.memory.tiered_cache import TieredCache
 
 
+class _Parts(NamedTuple):
+    """What the rules and lengths of a batch make of its rows.
+
+    Attributes:
+        given: the rules; sparse: which rows do not take the dense pass, of the long ones.
+        long: rows of at least the least context.
+        rows: the rules, mode 0 and no stop rule where a row is dense.
+        active: uint8 [B], rows that want scores.
+        counts: sparse rows, scored, weighted, and under the coverage rule.
+    """
+
+    given: RuleRows
+    long: list[bool]
+    sparse: torch.Tensor
+    rows: RuleRows
+    active: torch.Tensor
+    counts: tuple[int, int, int, int]
+
+
 class DecodePlan(NamedTuple):
     """One decode step, the same for every layer.
 
@@ -126,6 +145,7 @@ class PSADecodeWrapper:
         self._plan: DecodePlan | None = None
         self._record: StepRecord | None = None
         self._prepared: PreparedDecode | None = None
+        self._parts: _Parts | None = None
         self._selector = Selector(config, scorer.shape)
 
     def plan(
@@ -151,18 +171,14 @@ class PSADecodeWrapper:
         if self.tier is not None:
             self.tier.begin_step()
         seq_lens = seq_lens.to(torch.int32)
-        longest = int(seq_lens.max()) if seq_lens.numel() else 0
+        lens = seq_lens.tolist()
+        longest = max(lens, default=0)
         heads = req_to_token[req_pool_indices, : max(longest, 1) : self.page_size]
         page_table = torch.div(heads, self.page_size, rounding_mode="floor").to(torch.int32)
-        sparse = (rows.mode != 0) & (seq_lens >= self.min_context) & (seq_lens > 0)
-        rows = rows._replace(mode=torch.where(sparse, rows.mode, torch.zeros_like(rows.mode)))
-        scored = sparse & rows.scored
-        batch = PageBatch(page_table.contiguous(), seq_lens, scored.to(torch.uint8))
-        weighted = rows.weighted & scored
-        counts = [sparse, scored, weighted, rows.mode == COVERAGE]
-        sparse_rows, scored_rows, weighted_rows, coverage_rows = torch.stack(
-            [flags.sum() for flags in counts]
-        ).tolist()
+        parts = self._divide(rows, [n > 0 and n >= self.min_context for n in lens])
+        rows, sparse = parts.rows, parts.sparse
+        batch = PageBatch(page_table.contiguous(), seq_lens, parts.active)
+        sparse_rows, scored_rows, weighted_rows, coverage_rows = parts.counts
         if weighted_rows and self.values.norms is None:
             raise ValueError("PSADecodeWrapper: stop rule change needs the cache's value norms")
         selections = self._selector.plan(rows.picks, sparse, batch)
@@ -173,6 +189,20 @@ class PSADecodeWrapper:
         self._plan = DecodePlan(batch, rows, sparse_rows, scored_rows, weighted_rows, selections)
         self._record = self.new_record(len(seq_lens))
         return self._plan
+
+    def _divide(self, rows: RuleRows, long: list[bool]) -> _Parts:
+        """The parts of a batch; those of the last one if nothing changed since."""
+        kept = self._parts
+        if kept is not None and kept.given is rows and kept.long == long:
+            return kept
+        sparse = (rows.mode != 0) & torch.tensor(long, dtype=torch.bool, device=rows.mode.device)
+        scored = sparse & rows.scored
+        used = rows._replace(mode=rows.mode * sparse, stops=rows.stops & sparse)
+        flags = [sparse, scored, rows.weighted & scored, used.mode == COVERAGE]
+        counts = torch.stack([f.sum() for f in flags]).tolist()
+        parts = _Parts(rows, long, sparse, used, scored.to(torch.uint8), tuple(counts))
+        self._parts = parts
+        return parts
 
     def new_record(self, rows: int) -> StepRecord:
         """An empty record of a step of a batch of ``rows``."""
@@ -338,7 +368,7 @@ class PSADecodeWrapper:
             self.page_size,
             self.cost,
             self._summary_bytes(plan, record),
-            plan.rows.stops & (plan.rows.mode != 0),
+            plan.rows.stops,
         )
         self.stats.add(step)
         return step

@@ -3,7 +3,8 @@
 The first level scores every page from its 1-bit sketch. The second reads ``sketch_bits`` bits a key
 element of the candidate pages only, at most ``candidate_pages`` of a KV head whatever the context.
 All other pages keep their first estimate, which is calibrated, so that a page that was passed over
-can still be attended. Page means, moments and boxes do not serve as a first level: even among 32
+can still be attended. In a batch of so few pages that all would be candidates only the second level
+is read. Page means, moments and boxes do not serve as a first level: even among 32
 pages of their choice single keys that hold most of the mass are missing
 (``benchmark/scorer_recall.py`` measures it).
 """
@@ -84,9 +85,16 @@ class TwoLevelScorer(Scorer):
         if step is None or step.batch is not batch:
             step = self._begin(batch, q.shape[1])
         rotated = self.first.rotate(q)
+        if self._one_level(batch):
+            step.chosen[layer] = batch.pages_scored(self.shape.page_size)[:, None]
+            return self.second.score_codes(layer, rotated, batch, sm_scale)
         log_mass = self.first.score_codes(layer, rotated, batch, sm_scale)
         flags = self._choose_pages(layer, log_mass, step)
         return self.second.score_codes(layer, rotated, batch, sm_scale, flags, log_mass)
+
+    def _one_level(self, batch: PageBatch) -> bool:
+        """Whether every page is a candidate, whatever the first level says."""
+        return batch.page_table.shape[1] <= self.candidate_pages
 
     def _begin(self, batch: PageBatch, num_qo_heads: int) -> ScoredStep:
         """Take up a decode step."""
@@ -133,8 +141,11 @@ class TwoLevelScorer(Scorer):
         step = step or self._step
         if step is None:
             return None
-        first = step.batch.pages_scored(self.shape.page_size) * self.first.bytes_per_page
-        return first.float()[:, None] + step.chosen[layer] * self.second.bytes_per_page
+        second = step.chosen[layer] * float(self.second.bytes_per_page)
+        if self._one_level(step.batch):
+            return second
+        first = step.batch.pages_scored(self.shape.page_size) * float(self.first.bytes_per_page)
+        return first[:, None] + second
 
     def state_tensors(self) -> list[torch.Tensor]:
         return [*self.first.state_tensors(), *self.second.state_tensors()]

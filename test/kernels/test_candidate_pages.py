@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sgl_psa_kernels import BACKENDS
-from sgl_psa_kernels.candidate_pages import candidate_pages
+from sgl_psa_kernels.candidate_pages import PreparedChoice, candidate_pages
 
 PAGE = 16
 INF = float("inf")
@@ -100,3 +100,25 @@ def test_bad_arguments_are_refused() -> None:
     for backend in ("reference", "cpu"):
         with pytest.raises(ValueError, match=r"seq_lens\[0\]"):
             choose(log_mass, 1, backend, seq_lens=long)
+
+
+def test_a_prepared_call_takes_the_threads_of_the_moment() -> None:
+    log_mass = torch.randn(1, 2, 8)
+    choice = PreparedChoice(
+        log_mass.shape,
+        torch.tensor([8 * PAGE], dtype=torch.int32),
+        torch.ones(1, dtype=torch.uint8),
+        num_kv_heads=2,
+        page_size=PAGE,
+        count=3,
+    )
+    chosen = torch.zeros(1, 1, 2, dtype=torch.int32)
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            choice(log_mass, chosen, 0)
+            assert choice._call.args.num_threads == threads
+    finally:
+        torch.set_num_threads(before)
+    assert chosen.tolist() == [[[3, 3]]]

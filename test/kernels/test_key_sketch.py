@@ -139,10 +139,10 @@ def test_write_matches_reference(case: Case, bits: int, isa: str) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_score_matches_float64(case: Case, bits: int, backend: str) -> None:
+def test_score_matches_float64(case: Case, bits: int, sketch_backend: str) -> None:
     batch, codes, affine, exact = solved(case, bits)
-    got = score(batch, codes, affine, bits, backend)
-    step = query_step(batch.q, batch.sm_scale, backend)
+    got = score(batch, codes, affine, bits, sketch_backend)
+    step = query_step(batch.q, batch.sm_scale, sketch_backend)
     reach = affine[..., 0].double() * code_distance(codes, bits)
     for row in range(len(case.lens)):
         pages = batch.pages(row)
@@ -176,32 +176,32 @@ def test_watermark_below_the_fill_gives_infinity(backend: str) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e9, -1e9])
 def test_estimates_that_are_no_numbers_become_infinity(
-    backend: str, bits: int, broken: float
+    sketch_backend: str, bits: int, broken: float
 ) -> None:
     batch = make_batch(Case(torch.float32, 64, 16, 1, 2, (64,)))
     batch.k[batch.slots(0)[20], 0, 3] = broken
-    codes, affine = make_sketch(batch, bits, backend)
-    got = score(batch, codes, affine, bits, backend)[0, :, :4]
+    codes, affine = make_sketch(batch, bits, sketch_backend)
+    got = score(batch, codes, affine, bits, sketch_backend)[0, :, :4]
     assert (got[:, 1] == float("inf")).all()
     assert torch.isfinite(got[:, [0, 2, 3]]).all()
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
-def test_a_query_that_is_no_number_gives_infinity(backend: str, broken: float) -> None:
+def test_a_query_that_is_no_number_gives_infinity(sketch_backend: str, broken: float) -> None:
     batch = make_batch(Case(torch.float32, 64, 16, 1, 2, (64,)))
     codes, affine = make_sketch(batch, 2, "reference")
     q = batch.q.clone()
     q[0, 1, 5] = broken
-    got = score(batch, codes, affine, 2, backend, q=q)[0, :, :4]
+    got = score(batch, codes, affine, 2, sketch_backend, q=q)[0, :, :4]
     assert torch.isfinite(got[0]).all() and torch.isposinf(got[1]).all()
 
 
-def test_queries_of_zeros_and_of_tiny_numbers_count_tokens(backend: str) -> None:
+def test_queries_of_zeros_and_of_tiny_numbers_count_tokens(sketch_backend: str) -> None:
     batch = make_batch(Case(torch.float32, 64, 16, 1, 2, (50,)))
     codes, affine = make_sketch(batch, 2, "reference")
     q = torch.zeros_like(batch.q)
     q[0, 1] = 1e-38
-    got = score(batch, codes, affine, 2, backend, q=q)[0, :, :4]
+    got = score(batch, codes, affine, 2, sketch_backend, q=q)[0, :, :4]
     want = torch.tensor([16.0, 16.0, 16.0, 2.0]).log().expand(2, 4)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 

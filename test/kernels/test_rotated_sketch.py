@@ -106,11 +106,11 @@ def test_write_matches_reference(case: Case, bits: int, isa: str) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("case", SOME, ids=str)
-def test_score_matches_float64(case: Case, bits: int, backend: str) -> None:
+def test_score_matches_float64(case: Case, bits: int, sketch_backend: str) -> None:
     batch, codes, scale, exact = solved(case, bits)
     rotated = rotate(batch.q, key_sketch.rotation_signs(case.head_dim))
-    got = score(batch, codes, scale, bits, backend, q=rotated)
-    step = query_step(rotated, batch.sm_scale, backend)
+    got = score(batch, codes, scale, bits, sketch_backend, q=rotated)
+    step = query_step(rotated, batch.sm_scale, sketch_backend)
     reach = scale[..., 0].double() * code_distance(codes, bits)
     for row in range(len(case.lens)):
         pages = batch.pages(row)
@@ -126,7 +126,7 @@ def test_score_matches_float64(case: Case, bits: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_only_candidates_are_scored(bits: int, backend: str) -> None:
+def test_only_candidates_are_scored(bits: int, sketch_backend: str) -> None:
     case = Case(torch.bfloat16, 64, 16, 2, 3, (700, 0, 45, 16 * 130))
     batch = make_batch(case)
     codes, scale = make_sketch(batch, bits, "reference")
@@ -135,7 +135,7 @@ def test_only_candidates_are_scored(bits: int, backend: str) -> None:
     candidates = (torch.rand(shape, generator=rng) < 0.3).to(torch.uint8)
     watermark = torch.full((batch.num_pages,), 16, dtype=torch.int32)
     watermark[batch.pages(0)[5]] = 3
-    full = score(batch, codes, scale, bits, backend, watermark=watermark)
+    full = score(batch, codes, scale, bits, sketch_backend, watermark=watermark)
     # Sketches of other pages are not read: nothing would survive these.
     for row in (0, 2, 3):
         pages = batch.pages(row)
@@ -149,7 +149,7 @@ def test_only_candidates_are_scored(bits: int, backend: str) -> None:
         codes,
         scale,
         bits,
-        backend,
+        sketch_backend,
         watermark=watermark,
         candidates=candidates,
         log_mass=log_mass,

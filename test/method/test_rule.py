@@ -119,6 +119,17 @@ def test_rows_hold_the_thresholds() -> None:
     assert table.rows(torch.tensor([1])).mode.tolist() == [MARGINAL]
 
 
+def test_rows_are_kept_until_a_slot_or_the_batch_changes() -> None:
+    table = RuleTable(CONFIG, 4, "cpu")
+    slots = torch.tensor([2, 1])
+    rows = table.rows(slots)
+    assert table.rows(slots.clone()) is rows
+    assert table.rows(torch.tensor([1, 2])) is not rows
+    rows = table.rows(slots)
+    table.set(1, RequestRule.parse({"psa_policy": "dense"}, CONFIG))
+    assert table.rows(slots).mode.tolist() == [MARGINAL, DENSE]
+
+
 def test_the_correction_may_lower_the_estimate_unless_conservative() -> None:
     rule = RequestRule.parse({"psa_coverage": 0.9}, CONFIG)
     assert POLICIES["psa"].row(rule, CONFIG).kappa_floor == -math.inf

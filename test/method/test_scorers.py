@@ -14,6 +14,7 @@ from sgl_psa.config import ConfigError, PSAConfig, ScorerName
 from sgl_psa.policies import legal
 from sgl_psa.scorers import SCORERS, CacheShape, Scorer, make_scorer
 from sgl_psa.scorers.base import PageBatch
+from sgl_psa.scorers.two_level import TwoLevelScorer
 from test.method.cache import PAGE, Cache, make_cache
 
 KV_HEADS, GROUP, DIM = 2, 3, 64
@@ -153,6 +154,29 @@ def test_two_level_with_every_page_a_candidate_is_the_second_level(backend) -> N
     config = config_of("two_level", candidate_pages=1000)
     both = errors(config, cache, q, backend)
     assert torch.equal(both, errors(config_of("rotated_sketch"), cache, q, backend))
+
+
+def test_two_level_reads_one_level_where_every_page_is_a_candidate(backend) -> None:
+    cache, q = spiky(9)
+    batch = batch_of(cache)._replace(active=torch.tensor([1, 0, 1], dtype=torch.uint8))
+    pages = batch.page_table.shape[1]
+    single = filled(config_of("rotated_sketch"), cache, backend)
+    for most, levels in ((pages, 1), (pages - 1, 2)):
+        scorer = filled(config_of("two_level", candidate_pages=most), cache, backend)
+        assert isinstance(scorer, TwoLevelScorer)
+        if levels == 1:
+            scorer.first.affine.fill_(torch.nan)
+        got = scorer.score(0, q, batch, SCALE)
+        read = scorer.read_bytes(0)
+        assert read is not None and read.dtype == torch.float32
+        if levels == 1:
+            want = single.score(0, q, batch, SCALE)
+            assert torch.equal(got[0, :, :pages], want[0, :, :pages])
+            counts = torch.tensor([-(-LENGTHS[0] // PAGE), 0, 1])
+            expected = counts[:, None].expand(3, KV_HEADS) * float(single.bytes_per_page)
+            assert torch.equal(read, expected)
+        else:
+            assert (read[0] > pages * scorer.first.bytes_per_page).all()
 
 
 def test_two_level_reads_the_second_level_of_candidates_only(backend) -> None:

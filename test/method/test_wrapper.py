@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import numpy
 import pytest
 import torch
 
 from sgl_psa.config import PSAConfig
+from sgl_psa.rule_table import RuleTable
 from sgl_psa.scorers import SCORERS
+from sgl_psa.stats import COVERAGE, NUM_COLUMNS, ByteCost, ReadCounts, _sums
 from sgl_psa.stop import STOP_RULES
 from test.method.cache import PAGE, decode, dense, make_cache, make_wrapper
 
@@ -172,3 +175,32 @@ def test_totals_are_the_sum_of_the_steps(backend) -> None:
     assert report["bytes_read"] == sum(s.layer(0).bytes_read for s in steps)
     assert report["bytes_dense"] == 3 * KV_HEADS * 30 * PAGE * 2 * DIM * 4
     assert 0 < report["bytes_fraction"] < 1
+
+
+def test_a_request_that_grows_past_the_least_context_turns_sparse(backend) -> None:
+    """In one wrapper, whose parts of a batch are kept from step to step."""
+    cache = make_cache([40 * PAGE, 40 * PAGE], 2, 64, seed=5)
+    wrapper, _ = make_wrapper(cache, PSAConfig(min_context=20 * PAGE), backend)
+    table, slots = RuleTable(wrapper.config, 2, "cpu"), torch.arange(2)
+    for lens in ([19 * PAGE, 30 * PAGE], [20 * PAGE - 1, 31 * PAGE], [20 * PAGE, 5], [0, 5]):
+        plan = wrapper.plan(cache.req_to_token, slots, torch.tensor(lens), table.rows(slots))
+        sparse = [n >= 20 * PAGE for n in lens]
+        assert plan.sparse_rows == plan.scored_rows == sum(sparse)
+        assert (plan.rows.mode != 0).tolist() == plan.batch.active.tolist() == sparse
+        assert plan.rows.stops.tolist() == sparse
+        assert plan.batch.page_table.shape == (2, -(-max(lens) // PAGE))
+
+
+def test_statistics_are_the_same_by_numpy_and_by_torch() -> None:
+    rng = torch.Generator().manual_seed(0)
+    columns = torch.rand(3, 4, 2, NUM_COLUMNS, generator=rng) * 3
+    columns[1, 2, 0, COVERAGE] = torch.nan
+    columns[:, 3] = 0
+    lens = torch.tensor([100.0, 7.0, 33.0, 0.0], dtype=torch.float64)
+    given = (columns.double(), lens, torch.rand(3, 4, 2).double(), torch.tensor([1, 0, 1, 0]) > 0)
+    by_torch = _sums(torch, given, PAGE, ByteCost(8, 0))
+    by_numpy = _sums(numpy, [x.numpy() for x in given], PAGE, ByteCost(8, 0))
+    torch.testing.assert_close(torch.from_numpy(by_numpy), by_torch, rtol=1e-12, atol=0)
+    first = ReadCounts(*by_torch[0, 0].tolist())
+    assert (first.visits, first.pages_total, first.bytes_dense) == (2, 2 * -(-100 // PAGE), 1600)
+    assert by_torch[1, 2, 8] == 1 and by_torch[1, 1, 8] == 2 and (by_torch[:, 3] == 0).all()

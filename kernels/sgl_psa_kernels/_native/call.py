@@ -89,9 +89,11 @@ class PreparedCall:
         self.args = args
         self._function = getattr(load(), function)
         self._reference = ctypes.byref(args)
+        self._head = getattr(args, "rows", args)
 
     def __call__(self) -> None:
-        """As :func:`call`."""
+        """As :func:`call`, with as many threads as torch has now."""
+        self._head.num_threads = torch.get_num_threads()
         status = self._function(self._reference)
         if status:
             raise_status(self.op, status, self.args)

@@ -32,8 +32,12 @@ _AVX512 = (
 _AVX2_CPU = frozenset({"avx2", "fma", "f16c"})
 _AVX512_CPU = _AVX2_CPU | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 
+_VNNI = (*_AVX512, "-mavx512vnni")
+_VNNI_CPU = _AVX512_CPU | {"avx512_vnni"}
+
 ISAS = (
-    ISA("avx512vnni", _AVX512_CPU | {"avx512_vnni"}, (*_AVX512, "-mavx512vnni")),
+    ISA("avx512vbmi", _VNNI_CPU | {"avx512vbmi"}, (*_VNNI, "-mavx512vbmi")),
+    ISA("avx512vnni", _VNNI_CPU, _VNNI),
     ISA("avx512", _AVX512_CPU, _AVX512),
     ISA("avx2", _AVX2_CPU, _AVX2),
     ISA("portable", frozenset(), ()),

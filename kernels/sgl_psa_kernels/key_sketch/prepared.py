@@ -99,7 +99,6 @@ class PreparedWrite:
         args.k = k_cache.data_ptr()
         args.slots = slots.data_ptr()
         args.count = slots.shape[0]
-        args.num_threads = torch.get_num_threads()
         self._call()
 
 

@@ -1,8 +1,7 @@
 // Products of codes with queries as tables: four bits of a key, which are four codes of one bit or
 // two of two, have 16 possible products with a query; a byte shuffle looks up those of 64 nibbles at
 // once, as the fast scan of product quantisation does (arXiv 1704.07355). One rounding serves several
-// elements, so entries of a byte lose no more than query elements of a byte do. Needs AVX512-VBMI,
-// which is looked for at run time.
+// elements, so entries of a byte lose no more than query elements of a byte do. Needs AVX512-VBMI.
 #pragma once
 
 #include "sketch_query.h"
@@ -11,13 +10,8 @@ namespace psa {
 
 constexpr int NIBBLE_VALUES = 16, TABLE_BYTES = 4 * NIBBLE_VALUES;
 
-#if PSA_WIDTH == 512 && defined(__AVX512VNNI__)
-#define PSA_VBMI __attribute__((target("avx512vbmi")))
-
-inline bool has_nibble_kernels() {
-  static const bool has = __builtin_cpu_supports("avx512vbmi");
-  return has;
-}
+#if PSA_WIDTH == 512 && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+constexpr bool HAS_NIBBLE_KERNELS = true;
 
 // Tables [columns][2][4][16]: the low and the high nibbles of a column, each of its four bytes.
 inline size_t nibble_query_size(const SketchLayout& layout) {
@@ -68,8 +62,8 @@ void set_nibble_query(SketchQuery& q, const float* x, QueryRange range,
 
 // codes: of whole tiles of 16 keys, columns of four bytes.
 template <int HEADS>
-PSA_VBMI void nibble_totals(const SketchLayout& layout, const SketchQuery* q, const uint8_t* codes,
-                            int tokens, I* totals) {
+void nibble_totals(const SketchLayout& layout, const SketchQuery* q, const uint8_t* codes,
+                   int tokens, I* totals) {
   const __m512i low_bits = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1);
   const __m512i byte = _mm512_set1_epi32(0x30201000);  // whose table, in bits 4 and 5 of an index
   const int columns = layout.columns;
@@ -98,7 +92,7 @@ PSA_VBMI void nibble_totals(const SketchLayout& layout, const SketchQuery* q, co
 constexpr PageTotals nibble_totals_by_heads[MAX_HEADS] = {nibble_totals<1>, nibble_totals<2>,
                                                           nibble_totals<3>, nibble_totals<4>};
 #else
-inline bool has_nibble_kernels() { return false; }
+constexpr bool HAS_NIBBLE_KERNELS = false;
 inline size_t nibble_query_size(const SketchLayout&) { return 0; }
 template <int BITS>
 void set_nibble_query(SketchQuery&, const float*, QueryRange, const SketchLayout&) {}

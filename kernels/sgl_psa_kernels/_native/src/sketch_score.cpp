@@ -29,7 +29,7 @@ struct Scorer {
         layout(r.page_size, r.head_dim, a.bits),
         group(r.num_qo_heads / r.num_kv_heads),
         whole(layout.tile % LANES == 0 && layout.width % 4 == 0),
-        nibbles(whole && a.bits < 4 && has_nibble_kernels()),
+        nibbles(whole && a.bits < 4 && HAS_NIBBLE_KERNELS),
         totals(nibbles ? nibble_totals_by_heads : choose_byte_totals(a.bits, whole)) {}
 
   const uint8_t* codes(int page, int head) const {
