@@ -102,9 +102,9 @@ class PSATieredKVPool(PSAKVPool):
         self.tier.close()
 
     def forget_pages(self, pages: torch.Tensor) -> None:
-        """Drop released pages, int64 [N], from both tiers."""
+        """Drop released pages, integers [N], from both tiers."""
         super().forget_pages(pages)
-        self.tier.release(pages)
+        self.tier.release(pages.long())
 
     def forget_all(self) -> None:
         """Drop every page (flush)."""

@@ -12,7 +12,7 @@ from tier_cases import Pool
 SHAPE = TierShape(3, 24, 16, 8, 2, 32, torch.bfloat16)
 
 
-@pytest.fixture(params=["reference"])
+@pytest.fixture(params=["reference", "cpu"])
 def tier_backend(request: pytest.FixtureRequest) -> str:
     return request.param
 

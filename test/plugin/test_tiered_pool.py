@@ -104,7 +104,7 @@ def test_released_pages_are_gone_from_both_tiers(pool, monkeypatch):
     monkeypatch.setattr(CpuPagedAllocator, "_release_page_ids", hooked)
     allocator = CpuPagedAllocator(SLOTS, PAGE, torch.float32, "cpu", pool, False)
     write(pool, page(3) + page(5))
-    allocator.free(torch.tensor(page(3)))
+    allocator.free(torch.tensor(page(3), dtype=torch.int32))  # As in req_to_token.
     tables = pool.tier.tier.tables
     assert tables.filled[0, [3, 5]].tolist() == [0, PAGE]
     assert pool.scorer.watermark[0, [3, 5]].tolist() == [0, PAGE]

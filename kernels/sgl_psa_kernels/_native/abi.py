@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 OK = 0
 BAD_SEQ_LEN = 1
@@ -18,6 +18,13 @@ NO_MEMORY = 9
 BAD_KIND = 10
 BAD_POSITION = 11
 BAD_ROWS = 12
+SHORT_PAGE = 13
+GAP = 14
+HOST_STORE = 15
+
+# PsaTierCommand.
+TIER_RELEASE, TIER_CLEAR, TIER_VICTIMS, TIER_QUOTA = range(4)
+TIER_DRAIN, TIER_COUNTERS, TIER_CHECK, TIER_DESTROY = range(4, 8)
 
 #: Most rows of psa_skinny_linear.
 SKINNY_ROWS = 8
@@ -138,6 +145,64 @@ class SkinnyLinearArgs(ctypes.Structure):
     ]
 
 
+class TierError(ctypes.Structure):
+    """PsaTierError."""
+
+    _fields_ = [
+        *_fields(c_int64, "index offset bytes"),
+        *_fields(c_int32, "code writing layer page have want"),
+    ]
+
+
+class TierCreateArgs(ctypes.Structure):
+    """PsaTierCreateArgs."""
+
+    _fields_ = [
+        *_fields(c_int32, "num_layers num_kv_heads head_dim page_size"),
+        *_fields(c_int32, "itemsize pipeline host_fd reserved"),
+        *_fields(c_int64, "num_pages num_frames"),
+        *_fields(c_void_p, "host k_frames v_frames"),
+        *_fields(c_void_p, "frame_of owner saved filled stamp uses came busy tier"),
+        ("error", TierError),
+    ]
+
+
+class TierRowsArgs(ctypes.Structure):
+    """PsaTierRowsArgs."""
+
+    _fields_ = [
+        *_fields(c_void_p, "tier"),
+        *_fields(c_int32, "layer num_threads"),
+        *_fields(c_int64, "count k_token_stride k_head_stride v_token_stride v_head_stride"),
+        *_fields(c_void_p, "index k v"),
+        ("error", TierError),
+    ]
+
+
+class TierDecodeArgs(ctypes.Structure):
+    """PsaTierDecodeArgs."""
+
+    _fields_ = [
+        ("decode", DecodeArgs),
+        *_fields(c_void_p, "tier"),
+        *_fields(c_int32, "layer step"),
+        ("error", TierError),
+    ]
+
+
+class TierControlArgs(ctypes.Structure):
+    """PsaTierControlArgs."""
+
+    _fields_ = [
+        *_fields(c_void_p, "tier"),
+        *_fields(c_int32, "command rows"),
+        *_fields(c_int64, "count"),
+        *_fields(c_void_p, "data"),
+        ("counters", c_int64 * 8),
+        ("error", TierError),
+    ]
+
+
 FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "psa_progressive_decode": DecodeArgs,
     "psa_sketch_score": SketchScoreArgs,
@@ -148,4 +213,9 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "psa_rms_norm": RmsNormArgs,
     "psa_rope": RopeArgs,
     "psa_skinny_linear": SkinnyLinearArgs,
+    "psa_tier_create": TierCreateArgs,
+    "psa_tier_write": TierRowsArgs,
+    "psa_tier_gather": TierRowsArgs,
+    "psa_tier_decode": TierDecodeArgs,
+    "psa_tier_control": TierControlArgs,
 }

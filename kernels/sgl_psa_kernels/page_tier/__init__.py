@@ -9,11 +9,19 @@ Sources of the idea: selected pages from a second tier (InfiniGen, ArkVale), fra
 that need them, loading of the next group while one is attended.
 """
 
+from collections.abc import Callable
+
 from sgl_psa_kernels.backend import choose
+from sgl_psa_kernels.page_tier.cpu import NativeTier
 from sgl_psa_kernels.page_tier.host_store import HostStore, HostStoreError
 from sgl_psa_kernels.page_tier.reference import ReferenceTier
 from sgl_psa_kernels.page_tier.shape import TierCounters, TierShape, TierTables
 from sgl_psa_kernels.page_tier.tier import PageTier
+
+_IMPLEMENTATIONS: dict[str, Callable[[TierShape, HostStore, bool], PageTier]] = {
+    "reference": ReferenceTier,
+    "cpu": NativeTier,
+}
 
 
 def make_tier(
@@ -33,7 +41,7 @@ def make_tier(
             store that is too small.
         RuntimeError: backend "cpu" without a usable native library.
     """
-    return choose(backend, {"reference": ReferenceTier}, "page_tier")(shape, host, pipeline)
+    return choose(backend, _IMPLEMENTATIONS, "page_tier")(shape, host, pipeline)
 
 
 __all__ = [

@@ -30,21 +30,20 @@ struct Partials {
   }
 };
 
-template <class T>
-void dense_chunk(const PsaDecodeArgs& a, int row, int chunk, const Partials& out,
+template <class T, class Pool>
+void dense_chunk(const PsaDecodeArgs& a, Pool& pool, int row, int chunk, const Partials& out,
                  Scratch& scratch) {
   const PsaRows& r = a.rows;
   const int D = r.head_dim, heads = r.num_kv_heads, group = r.num_qo_heads / heads;
   const int step = block_pages(r), block_tokens = step * r.page_size;
-  const RowPool<T> pool(a, row);
   const AttendBlock<T> attend_block = attend_block_for<T>(D);
   scratch.reset(Scratch::need<float>((size_t)r.num_qo_heads * D) +
                 BlockSpace<T>::bytes(r.num_qo_heads, block_tokens));
   float* q = scratch.take<float>((size_t)r.num_qo_heads * D);
   BlockSpace<T> space;
   space.take(scratch, r.num_qo_heads, block_tokens);
-  space.k_head = a.k_head_stride;
-  space.v_head = a.v_head_stride;
+  space.k_head = pool.k_head_stride();
+  space.v_head = pool.v_head_stride();
   // The state lives in the chunk's place of the partial results.
   const size_t at = (size_t)chunk * r.num_qo_heads;
   HeadState st{q, out.acc + at * D, out.m + at, out.l + at};
@@ -52,15 +51,24 @@ void dense_chunk(const PsaDecodeArgs& a, int row, int chunk, const Partials& out
 
   const int begin = chunk * chunk_pages(r);
   const int end = std::min(num_pages(r, row), begin + chunk_pages(r));
-  auto fill = [&](Block<T>& b, int first) {
-    b.tokens = 0;
-    for (int p = first; p < std::min(end, first + step); p++) pool.append(b, &p, 1, 0);
-  };
-  fill(space.ahead, begin);
+  int pages[CHUNK_TOKENS];
+  for (int p = begin; p < end; p++) pages[p - begin] = p;
+  pool.expect(pages, end - begin, nullptr, 0);
+  if constexpr (Pool::RESIDENT) pool.append(space.ahead, pages, std::min(step, end - begin), 0);
   for (int p = begin; p < end; p += step) {
-    std::swap(space.now, space.ahead);
-    fill(space.ahead, p + step);
+    const int *now = pages + p - begin, *next = pages + std::min(p + step, end) - begin;
+    const int next_count = std::min(step, (int)(pages + end - begin - next));
+    pool.need(now, (int)(next - now), next, next_count);
+    if constexpr (Pool::RESIDENT) {
+      std::swap(space.now, space.ahead);
+    } else {
+      space.now.tokens = 0;
+      pool.append(space.now, now, (int)(next - now), 0);
+    }
+    space.ahead.tokens = 0;
+    pool.append_next(space.ahead, next, next_count, 0);
     attend_block(st, heads, group, D, space, PageMass{});
+    pool.done();
   }
 }
 

@@ -7,8 +7,11 @@
 
 namespace psa {
 
+// All pages lie where the arguments say. The members that do nothing are those by which a pool whose
+// pages come and go (tier_pool.h) learns what is attended.
 template <class T>
 struct RowPool {
+  static constexpr bool RESIDENT = true;
   const PsaDecodeArgs& a;
   int row;
   const int32_t* pages;
@@ -27,6 +30,17 @@ struct RowPool {
   const T* v(int page, int kv_head) const {
     return static_cast<const T*>(a.v) + first_slot(page) * a.v_token_stride +
            kv_head * a.v_head_stride;
+  }
+  int64_t k_head_stride() const { return a.k_head_stride; }
+  int64_t v_head_stride() const { return a.v_head_stride; }
+  // These pages are to be attended, those of `then` likely next.
+  void expect(const int* /*pages*/, int /*count*/, const int* /*then*/, int /*then_count*/) const {}
+  // Until done() the pages of one block stay where they are; `next` may be prefetched meanwhile.
+  void need(const int* /*pages*/, int /*count*/, const int* /*next*/, int /*next_count*/) const {}
+  void done() const {}
+  // As append(), of the pages that were `next`.
+  void append_next(Block<T>& b, const int* logical, int count, int kv_head) const {
+    append(b, logical, count, kv_head);
   }
   // Appends the rows of pages[0 .. count), logical pages, of head `kv_head`.
   void append(Block<T>& b, const int* logical, int count, int kv_head) const {

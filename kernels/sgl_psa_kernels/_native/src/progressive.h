@@ -8,12 +8,12 @@
 
 namespace psa {
 
-template <class T>
+template <class T, class Pool = RowPool<T>>
 class Progressive {
  public:
-  Progressive(const PsaDecodeArgs& a, int row, int kv_head, Scratch& scratch)
+  Progressive(const PsaDecodeArgs& a, Pool& pool, int row, int kv_head, Scratch& scratch)
       : a_(a),
-        pool_(a, row),
+        pool_(pool),
         row_(row),
         head_(kv_head),
         group_(a.rows.num_qo_heads / a.rows.num_kv_heads),
@@ -77,27 +77,38 @@ class Progressive {
   void attend(const int* pages, int count, const int* then, int then_count, bool brought,
               bool compare) {
     if (!count) return;
-    fill(space_.now, pages, count);
-    if (!brought)
-      for (int t = 0; t < std::min(AHEAD_ONE_HEAD, space_.now.tokens); t++)
-        prefetch_row(space_.now.k[t], dim_);
+    pool_.expect(pages, count, then, then_count);
+    if constexpr (Pool::RESIDENT) {
+      fill(space_.now, pages, count);
+      if (!brought) bring();
+    }
     const PageMass wanted{compare ? mass_ : nullptr, step_pitch_, a_.rows.page_size};
     for (int i = 0; i < count; i += step_) {
       const int end = std::min(i + step_, count);
-      if (end < count)
-        fill(space_.ahead, pages + end, count - end);
-      else
-        fill(space_.ahead, then, then_count);
+      const int* next = end < count ? pages + end : then;
+      const int next_count = std::min(step_, end < count ? count - end : then_count);
+      pool_.need(pages + i, end - i, next, next_count);
+      if constexpr (!Pool::RESIDENT) {
+        fill(space_.now, pages + i, end - i);
+        if (!brought && !i) bring();
+      }
+      space_.ahead.tokens = 0;
+      pool_.append_next(space_.ahead, next, next_count, head_);
       attend_block_(st_, 1, group_, dim_, space_, wanted);
+      pool_.done();
       tokens_done_ += space_.now.tokens;
       leave(pages + i, end - i, compare);
-      std::swap(space_.now, space_.ahead);
+      if constexpr (Pool::RESIDENT) std::swap(space_.now, space_.ahead);
     }
     pages_done_ += count;
   }
   void fill(Block<T>& b, const int* pages, int count) {
     b.tokens = 0;
     pool_.append(b, pages, std::min(step_, count), head_);
+  }
+  void bring() {
+    for (int t = 0; t < std::min(AHEAD_ONE_HEAD, space_.now.tokens); t++)
+      prefetch_row(space_.now.k[t], dim_);
   }
 
   // The pages of one block leave the estimates.
@@ -261,7 +272,7 @@ class Progressive {
   }
 
   const PsaDecodeArgs& a_;
-  const RowPool<T> pool_;
+  Pool& pool_;
   const int row_, head_, group_, n_, dim_;
   const int step_, step_pitch_;  // pages of a block; the same padded to LANES
   const int mode_;

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PSA_ABI_VERSION 6
+#define PSA_ABI_VERSION 7
 #define PSA_SKINNY_ROWS 8 /* most rows of psa_skinny_linear */
 #define PSA_EXPORT __attribute__((visibility("default")))
 
@@ -42,7 +42,10 @@ enum PsaStatus {
   PSA_NO_MEMORY = 9,
   PSA_BAD_KIND = 10,
   PSA_BAD_POSITION = 11, /* outside of the table of cosines and sines */
-  PSA_BAD_ROWS = 12
+  PSA_BAD_ROWS = 12,
+  PSA_SHORT_PAGE = 13,   /* a page holds fewer tokens than are asked for */
+  PSA_GAP = 14,          /* a slot whose page is not filled up to it */
+  PSA_HOST_STORE = 15    /* a transfer failed, now or before */
 };
 
 enum PsaStat {
@@ -174,6 +177,67 @@ typedef struct {
   void *out;                     /* [rows, out] */
 } PsaSkinnyLinearArgs;
 
+/* What went wrong in a tier. PSA_HOST_STORE: code is an errno, or 0 where the file ended.
+ * PSA_SHORT_PAGE, PSA_GAP: page, how many tokens it has and how many it should have. */
+typedef struct {
+  int64_t index, offset, bytes;
+  int32_t code, writing, layer, page, have, want;
+} PsaTierError;
+
+/* A page tier on tables and frames that the caller owns; page_tier/shape.py describes them. */
+typedef struct {
+  int32_t num_layers, num_kv_heads, head_dim, page_size;
+  int32_t itemsize, pipeline, host_fd, reserved; /* host_fd: -1 for memory */
+  int64_t num_pages, num_frames;
+  void *host, *k_frames, *v_frames;
+  int32_t *frame_of;
+  int64_t *owner;
+  int32_t *saved, *filled, *stamp, *uses;
+  int64_t *came;
+  uint8_t *busy;
+  void *tier; /* result */
+  PsaTierError error;
+} PsaTierCreateArgs;
+
+/* psa_tier_write: `count` tokens at `index`, slots. psa_tier_gather: the first `count` tokens of
+ * the pages `index`, to contiguous k and v. */
+typedef struct {
+  void *tier;
+  int32_t layer, num_threads;
+  int64_t count, k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+  const int64_t *index;
+  void *k, *v;
+  PsaTierError error;
+} PsaTierRowsArgs;
+
+typedef struct {
+  PsaDecodeArgs decode; /* k, v and their strides are not looked at */
+  void *tier;
+  int32_t layer, step;
+  PsaTierError error;
+} PsaTierDecodeArgs;
+
+enum PsaTierCommand {
+  PSA_TIER_RELEASE = 0,  /* data: int64 [count], pages */
+  PSA_TIER_CLEAR = 1,
+  PSA_TIER_VICTIMS = 2,  /* data: int32 [rows, count], frames */
+  PSA_TIER_QUOTA = 3,    /* count: frames a layer */
+  PSA_TIER_DRAIN = 4,
+  PSA_TIER_COUNTERS = 5, /* to counters, in the order of TierCounters */
+  PSA_TIER_CHECK = 6,    /* to counters[0]: bits, 1 pins, 2 queue, 4 free list, 8 frames of layers,
+                            16 states */
+  PSA_TIER_DESTROY = 7
+};
+
+typedef struct {
+  void *tier;
+  int32_t command, rows;
+  int64_t count;
+  const void *data;
+  int64_t counters[8];
+  PsaTierError error;
+} PsaTierControlArgs;
+
 PSA_EXPORT int psa_abi_version(void);
 PSA_EXPORT int psa_struct_size(int index); /* of the args of the functions below, in order */
 PSA_EXPORT const char *psa_isa(void);
@@ -186,6 +250,11 @@ PSA_EXPORT int psa_candidate_pages(PsaCandidateArgs *args);
 PSA_EXPORT int psa_rms_norm(PsaRmsNormArgs *args);
 PSA_EXPORT int psa_rope(PsaRopeArgs *args);
 PSA_EXPORT int psa_skinny_linear(PsaSkinnyLinearArgs *args);
+PSA_EXPORT int psa_tier_create(PsaTierCreateArgs *args);
+PSA_EXPORT int psa_tier_write(PsaTierRowsArgs *args);
+PSA_EXPORT int psa_tier_gather(PsaTierRowsArgs *args);
+PSA_EXPORT int psa_tier_decode(PsaTierDecodeArgs *args);
+PSA_EXPORT int psa_tier_control(PsaTierControlArgs *args);
 
 #ifdef __cplusplus
 }
