@@ -36,7 +36,7 @@ def cases(kilotokens: int, rounds: int) -> tuple[Case, ...]:
     """With prompts of up to 1024 times ``kilotokens`` tokens."""
 
     def equal(writer: Writer) -> Trace:
-        return traces.equal(writer, tokens=min(2048, 512 * kilotokens), new=48, clients=8)
+        return traces.equal(writer, tokens=2048, new=48, clients=8)
 
     def decode(writer: Writer) -> Trace:
         return traces.decode(
