@@ -1,7 +1,7 @@
 """The page tier on a GPU: the link, decode at several hit rates, and copies beside attention.
 
     python -m benchmark.gpu.memory_op
-    TRITON_INTERPRET=1 python -m benchmark.gpu.memory_op --device cpu --tiny
+    TRITON_INTERPRET=1 python -m benchmark.gpu.memory_op --device cpu --tiny --rounds 1 --steps 2
         # without a GPU: it runs; its times mean nothing
 
 ``link``: bytes per second of the kernel that brings scattered records to frames, and of writes
@@ -121,7 +121,9 @@ def arguments(shape: TierShape, batch: int, hot: float, device: torch.device) ->
     }
 
 
-def decode(shape: TierShape, timer: Timer, rounds: int, batch: int) -> list[dict[str, Any]]:
+def decode(
+    shape: TierShape, timer: Timer, rounds: int, batch: int, rates: tuple[float, ...] = HIT_RATES
+) -> list[dict[str, Any]]:
     """A layer at several hit rates; no step begins, so no page moves."""
     tier = make_tier(shape._replace(num_layers=1, num_frames=shape.num_pages))
     kv, rows = fill(tier), []
@@ -133,7 +135,7 @@ def decode(shape: TierShape, timer: Timer, rounds: int, batch: int) -> list[dict
         plain = {"backend": "triton", **given, **resident}
         steps = {"resident": lambda p=plain: progressive_decode(**p)}
         tiered = lambda g=given: tier.decode(0, 1, **g)  # noqa: E731
-        for rate in HIT_RATES:
+        for rate in rates:
             tier.evict()
             held = torch.randperm(shape.num_pages)[: int(rate * shape.num_pages)]
             tier.prefetch(0, held)
@@ -235,7 +237,8 @@ def main() -> None:
         report["link"].append(link(shape, timer, options.rounds))
         print(report["link"][-1], flush=True)
         for batch in (1,) if options.tiny else (1, 8):
-            report["decode"] += decode(shape, timer, options.rounds, batch)
+            rates = HIT_RATES[-1:] if options.tiny else HIT_RATES
+            report["decode"] += decode(shape, timer, options.rounds, batch, rates)
         save()
     layers = shape._replace(num_layers=2 if options.tiny else 8)
     report["steps"] = run_steps(layers, 1 if options.tiny else 8, options.steps, cuda)

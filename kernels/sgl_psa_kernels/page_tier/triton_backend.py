@@ -131,6 +131,11 @@ class TritonTier(PageTier):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         self.traffic.settle()
         if step != self._step:
+            if self._streams.capturing():
+                raise RuntimeError(
+                    f"{OP}: a step over two tiers cannot be captured in a CUDA graph; "
+                    "run decode without graphs"
+                )
             self._step = step
             self.traffic.begin()
             self._require_open()

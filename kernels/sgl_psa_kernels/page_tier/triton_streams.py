@@ -52,6 +52,10 @@ class Streams:
         done.record(self._side)
         return done
 
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured in a CUDA graph."""
+        return torch.cuda.is_current_stream_capturing()
+
     def pin(self, host: HostStore) -> None:
         """Have kernels address the store's memory by its own addresses; takes all of it.
 
@@ -108,6 +112,9 @@ class Inline:
     def aside(self, work: Callable[[], None]) -> Event:
         work()
         return _Passed()
+
+    def capturing(self) -> bool:
+        return False
 
     def pin(self, host: HostStore) -> None:
         pass

@@ -283,19 +283,19 @@ def test_released_pages_leave_their_frames_and_can_be_written_anew(attention) ->
         pool.write(0, torch.tensor([0]))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_requests_with_copies_that_end_at_any_time(seed: int, attention) -> None:
     """Requests come, share a prefix, grow and go; side work runs at random points in between."""
-    shape = TierShape(2, 25, (16, 16, 24, 40)[seed], 8, 1, 16, FP16)
+    shape = TierShape(2, 25, (16, 24, 40)[seed], 8, 1, 16, FP16)
     streams = LateStreams()
-    pool = make_pool(shape, pipeline=seed != 3, streams=streams, seed=seed)
+    pool = make_pool(shape, pipeline=seed != 2, streams=streams, seed=seed)
     choose = random.Random(seed)
     free = list(range(1, shape.num_pages))
     choose.shuffle(free)
     prefix = [free.pop(), free.pop()]
     pool.fill(torch.tensor(prefix), 16)
     requests: list[list] = []
-    for step in range(1, 26):
+    for step in range(1, 19):
         if len(requests) < 3 and len(free) >= 4:
             own = [free.pop() for _ in range(choose.randint(1, 4))]
             length = 16 + choose.randint(8 * len(own) - 7, 8 * len(own))
