@@ -144,37 +144,34 @@ def step_stats(
     if summary_bytes is None:
         summary_bytes = torch.zeros_like(columns[..., PAGES])
     given = (columns.double(), seq_lens.double(), summary_bytes.double(), stops)
-    if columns.is_cpu:
-        table = torch.from_numpy(_sums(np, [x.numpy() for x in given], page_size, cost))
+    shape = (*columns.shape[:2], len(fields(ReadCounts)))
+    table = torch.zeros(shape, dtype=torch.float64, device=columns.device)
+    if table.is_cpu:
+        _fill(np, table.numpy(), [x.numpy() for x in given], page_size, cost)
     else:
-        table = _sums(torch, given, page_size, cost)
+        _fill(torch, table, given, page_size, cost)
     return StepStats(table, sparse_rows)
 
 
-def _sums(xp: Any, given: Sequence[Any], page_size: int, cost: ByteCost) -> Any:
-    """The table of :class:`StepStats`, with ``xp`` numpy or torch: a call of torch takes several
-    times as long, which counts for tensors as small as on CPUs."""
+def _fill(xp: Any, table: Any, given: Sequence[Any], page_size: int, cost: ByteCost) -> None:
+    """Write the table of :class:`StepStats`, with ``xp`` numpy or torch: a call of torch takes
+    several times as long, which counts for tensors as small as on CPUs."""
     columns, lens, summary_bytes, stops = given
     heads = columns.shape[2]
     known = columns == columns
     sums = xp.where(known, columns, 0.0).sum(2)
-    blank = 0.0 * sums[..., PAGES]
-    real = lens > 0
-    stopped = stops * real
-    table = [
-        blank + heads,
-        sums[..., PAGES],
-        blank + heads * xp.ceil(lens / page_size),
-        (columns[..., TOKENS] * cost.token + summary_bytes).sum(2),
-        blank + heads * cost.token * lens,
-        sums[..., ROUNDS],
-        sums[..., COVERAGE],
-        sums[..., STALE],
-        blank + known[..., COVERAGE].sum(2),
-        blank + heads * stopped,
-        stopped * (columns[..., ROUNDS] <= 1).sum(2) + blank,
-    ]
-    return xp.stack(table, -1) * real[:, None]
+    table[..., 0] = heads
+    table[..., 1] = sums[..., PAGES]
+    table[..., 2] = heads * xp.ceil(lens / page_size)
+    table[..., 3] = (columns[..., TOKENS] * cost.token + summary_bytes).sum(2)
+    table[..., 4] = heads * cost.token * lens
+    table[..., 5] = sums[..., ROUNDS]
+    table[..., 6] = sums[..., COVERAGE]
+    table[..., 7] = sums[..., STALE]
+    table[..., 8] = known[..., COVERAGE].sum(2)
+    table[..., 9] = heads * stops
+    table[..., 10] = stops * (columns[..., ROUNDS] <= 1).sum(2)
+    table *= (lens > 0)[:, None]
 
 
 class PSAStats:

@@ -9,7 +9,7 @@ import torch
 from sgl_psa.config import PSAConfig
 from sgl_psa.rule_table import RuleTable
 from sgl_psa.scorers import SCORERS
-from sgl_psa.stats import COVERAGE, NUM_COLUMNS, ByteCost, ReadCounts, _sums
+from sgl_psa.stats import COVERAGE, NUM_COLUMNS, ByteCost, ReadCounts, _fill
 from sgl_psa.stop import STOP_RULES
 from test.method.cache import PAGE, decode, dense, make_cache, make_wrapper
 
@@ -198,9 +198,10 @@ def test_statistics_are_the_same_by_numpy_and_by_torch() -> None:
     columns[:, 3] = 0
     lens = torch.tensor([100.0, 7.0, 33.0, 0.0], dtype=torch.float64)
     given = (columns.double(), lens, torch.rand(3, 4, 2).double(), torch.tensor([1, 0, 1, 0]) > 0)
-    by_torch = _sums(torch, given, PAGE, ByteCost(8, 0))
-    by_numpy = _sums(numpy, [x.numpy() for x in given], PAGE, ByteCost(8, 0))
-    torch.testing.assert_close(torch.from_numpy(by_numpy), by_torch, rtol=1e-12, atol=0)
+    by_torch, by_numpy = torch.zeros(2, 3, 4, len(dataclasses.fields(ReadCounts))).double()
+    _fill(torch, by_torch, given, PAGE, ByteCost(8, 0))
+    _fill(numpy, by_numpy.numpy(), [x.numpy() for x in given], PAGE, ByteCost(8, 0))
+    torch.testing.assert_close(by_numpy, by_torch, rtol=1e-12, atol=0)
     first = ReadCounts(*by_torch[0, 0].tolist())
     assert (first.visits, first.pages_total, first.bytes_dense) == (2, 2 * -(-100 // PAGE), 1600)
     assert by_torch[1, 2, 8] == 1 and by_torch[1, 1, 8] == 2 and (by_torch[:, 3] == 0).all()
