@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 OK = 0
 BAD_SEQ_LEN = 1
@@ -138,6 +138,16 @@ class SkinnyLinearArgs(ctypes.Structure):
     ]
 
 
+class SiluAndMulArgs(ctypes.Structure):
+    """PsaSiluAndMulArgs."""
+
+    _fields_ = [
+        *_fields(c_int64, "rows dim x_row_stride"),
+        *_fields(c_int32, "dtype num_threads error_index reserved"),
+        *_fields(c_void_p, "x out"),
+    ]
+
+
 FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "psa_progressive_decode": DecodeArgs,
     "psa_sketch_score": SketchScoreArgs,
@@ -148,4 +158,5 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "psa_rms_norm": RmsNormArgs,
     "psa_rope": RopeArgs,
     "psa_skinny_linear": SkinnyLinearArgs,
+    "psa_silu_and_mul": SiluAndMulArgs,
 }

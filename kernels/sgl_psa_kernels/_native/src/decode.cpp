@@ -107,7 +107,7 @@ extern "C" int psa_struct_size(int index) {
                            sizeof(PsaSummaryScoreArgs), sizeof(PsaSketchWriteArgs),
                            sizeof(PsaSummaryUpdateArgs), sizeof(PsaCandidateArgs),
                            sizeof(PsaRmsNormArgs), sizeof(PsaRopeArgs),
-                           sizeof(PsaSkinnyLinearArgs)};
+                           sizeof(PsaSkinnyLinearArgs), sizeof(PsaSiluAndMulArgs)};
   constexpr int count = sizeof(sizes) / sizeof(sizes[0]);
   return index >= 0 && index < count ? sizes[index] : -1;
 }

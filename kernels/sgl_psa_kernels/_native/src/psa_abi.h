@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PSA_ABI_VERSION 6
+#define PSA_ABI_VERSION 7
 #define PSA_SKINNY_ROWS 8 /* most rows of psa_skinny_linear */
 #define PSA_EXPORT __attribute__((visibility("default")))
 
@@ -174,6 +174,13 @@ typedef struct {
   void *out;                     /* [rows, out] */
 } PsaSkinnyLinearArgs;
 
+typedef struct {
+  int64_t rows, dim, x_row_stride;
+  int32_t dtype, num_threads, error_index, reserved;
+  const void *x; /* [rows, 2 * dim] */
+  void *out;     /* [rows, dim] */
+} PsaSiluAndMulArgs;
+
 PSA_EXPORT int psa_abi_version(void);
 PSA_EXPORT int psa_struct_size(int index); /* of the args of the functions below, in order */
 PSA_EXPORT const char *psa_isa(void);
@@ -186,6 +193,7 @@ PSA_EXPORT int psa_candidate_pages(PsaCandidateArgs *args);
 PSA_EXPORT int psa_rms_norm(PsaRmsNormArgs *args);
 PSA_EXPORT int psa_rope(PsaRopeArgs *args);
 PSA_EXPORT int psa_skinny_linear(PsaSkinnyLinearArgs *args);
+PSA_EXPORT int psa_silu_and_mul(PsaSiluAndMulArgs *args);
 
 #ifdef __cplusplus
 }
