@@ -92,6 +92,7 @@ IMPORTS = {
     "RotaryEmbedding": "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding",
     "SRTPlatform": "sglang.srt.platforms.interface:SRTPlatform",
     "ServerArgs": "sglang.srt.server_args:ServerArgs",
+    "SiluAndMul": "sglang.srt.layers.activation:SiluAndMul",
     "UnquantizedEmbeddingMethod": (
         "sglang.srt.layers.quantization.unquant:UnquantizedEmbeddingMethod"
     ),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from sgl_psa_kernels.rms_norm import rms_norm
 from sgl_psa_kernels.rope import rope
+from sgl_psa_kernels.silu_and_mul import silu_and_mul
 from sgl_psa_kernels.skinny_linear import MAX_ROWS, skinny_linear
 from sgl_psa_kernels.wide_products import MIN_ROWS, faster_in_float32
 
@@ -23,6 +24,7 @@ from sglang_psa.compat import (
     LogitsProcessor,
     RMSNorm,
     RotaryEmbedding,
+    SiluAndMul,
     UnquantizedEmbeddingMethod,
     UnquantizedLinearMethod,
 )
@@ -130,6 +132,11 @@ def rotate(
     return query, key
 
 
+def activate(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """``SiluAndMul.forward_native`` in one pass."""
+    return silu_and_mul(x, backend="cpu")
+
+
 def _plain_norm(module: Any) -> bool:
     return (
         type(module) is RMSNorm
@@ -162,7 +169,7 @@ def install(model: Any) -> dict[str, int]:
     Raises:
         HookNotApplied: SGLang's layers do not choose their implementation as they did.
     """
-    counts = {"linear": 0, "head": 0, "norm": 0, "rope": 0}
+    counts = {"linear": 0, "head": 0, "norm": 0, "rope": 0, "activation": 0}
     plain_logits = _plain_logits(model)
     for module in model.modules():
         method = getattr(module, "quant_method", None)
@@ -178,6 +185,9 @@ def install(model: Any) -> dict[str, int]:
         elif _plain_rope(module):
             _replace_forward(module, rotate)
             counts["rope"] += 1
+        elif type(module) is SiluAndMul:
+            _replace_forward(module, activate)
+            counts["activation"] += 1
     for dtype in {parameter.dtype for parameter in model.parameters()}:
         faster_in_float32(dtype)  # measured now, not by the first request
     logger.info("psa CPU layers: %s", ", ".join(f"{n} {name}" for name, n in counts.items()))

@@ -5,6 +5,7 @@ import torch
 from sgl_psa_kernels._native import call
 from sgl_psa_kernels.rms_norm import rms_norm
 from sgl_psa_kernels.rope import rope
+from sgl_psa_kernels.silu_and_mul import silu_and_mul
 from sgl_psa_kernels.skinny_linear import MAX_ROWS, skinny_linear
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -95,6 +96,19 @@ def test_rope_matches_torch(
         assert torch.equal(packed, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 16, 50])
+def test_silu_and_mul_matches_float64(isa: str, dtype: torch.dtype, dim: int) -> None:
+    x = 8 * normal(1, 17, 2 * dim + 3, dtype=dtype)[:, : 2 * dim]
+    x[:4, 0] = torch.tensor([-200.0, -90.0, 90.0, 200.0])
+    got = silu_and_mul(x, backend="cpu")
+    exact = silu_and_mul(x.double(), backend="reference")
+    assert_rounded_once(got, exact, float(exact.abs().max()) * 2.0**-22)
+    parts = silu_and_mul(x.contiguous().view(1, 17, 2 * dim), backend="cpu")
+    assert torch.equal(parts, got[None])
+    assert silu_and_mul(x[:0], backend="cpu").shape == (0, dim)
+
+
 def test_bad_arguments_are_refused() -> None:
     x = torch.zeros(2, 8)
     for backend in ("reference", "cpu"):
@@ -110,6 +124,10 @@ def test_bad_arguments_are_refused() -> None:
             rms_norm(x, torch.ones(4), eps=1e-6, backend=backend)
         with pytest.raises(ValueError, match="residual"):
             rms_norm(x, torch.ones(8), x[:1], eps=1e-6, backend=backend)
+        with pytest.raises(ValueError, match=r"2 \* D"):
+            silu_and_mul(x[:, :7], backend=backend)
+        with pytest.raises(ValueError, match="float dtype"):
+            silu_and_mul(x.int(), backend=backend)
         for position in (-1, 4):
             with pytest.raises(ValueError, match="outside of cos_sin"):
                 rope(

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers import activation
+from sglang.srt.layers.activation import GeluAndMul, SiluAndMul
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 from sglang.srt.layers.quantization.unquant import (
     UnquantizedEmbeddingMethod,
@@ -111,12 +113,26 @@ def test_rope(monkeypatch, dtype, neox):
     assert torch.equal(heads[0].flatten(1), again[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation(monkeypatch, dtype):
+    settings = SimpleNamespace(deterministic=SimpleNamespace(rl_on_policy_target=None))
+    monkeypatch.setattr(activation, "get_exec", lambda: settings)
+    module = native(SiluAndMul())
+    x = random(1, 5, 2 * 24, dtype=dtype)
+    want = module.forward_native(x)
+    assert cpu_layers.install(module)["activation"] == 1
+    # Torch rounds SiLU before it multiplies.
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(module(x), want, **close)
+
+
 def test_other_kinds_are_left_alone():
     other = [
         native(RMSNorm(64, cast_x_before_out_mul=True)),
         native(RMSNorm(64, fp32_residual=True)),
         native(RMSNorm(64, var_hidden_size=32)),
         GemmaRMSNorm(64),
+        native(GeluAndMul()),
         torch.nn.Linear(4, 4),
     ]
     before = [getattr(module, "_forward_method", None) for module in other]

@@ -145,6 +145,16 @@ class SkinnyLinearArgs(ctypes.Structure):
     ]
 
 
+class SiluAndMulArgs(ctypes.Structure):
+    """PsaSiluAndMulArgs."""
+
+    _fields_ = [
+        *_fields(c_int64, "rows dim x_row_stride"),
+        *_fields(c_int32, "dtype num_threads error_index reserved"),
+        *_fields(c_void_p, "x out"),
+    ]
+
+
 class TierError(ctypes.Structure):
     """PsaTierError."""
 
@@ -218,4 +228,5 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "psa_tier_gather": TierRowsArgs,
     "psa_tier_decode": TierDecodeArgs,
     "psa_tier_control": TierControlArgs,
+    "psa_silu_and_mul": SiluAndMulArgs,
 }

@@ -46,7 +46,8 @@ extern "C" int psa_struct_size(int index) {
                            sizeof(PsaRmsNormArgs), sizeof(PsaRopeArgs),
                            sizeof(PsaSkinnyLinearArgs), sizeof(PsaTierCreateArgs),
                            sizeof(PsaTierRowsArgs), sizeof(PsaTierRowsArgs),
-                           sizeof(PsaTierDecodeArgs), sizeof(PsaTierControlArgs)};
+                           sizeof(PsaTierDecodeArgs), sizeof(PsaTierControlArgs),
+                           sizeof(PsaSiluAndMulArgs)};
   constexpr int count = sizeof(sizes) / sizeof(sizes[0]);
   return index >= 0 && index < count ? sizes[index] : -1;
 }

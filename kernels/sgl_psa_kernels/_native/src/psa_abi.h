@@ -238,6 +238,13 @@ typedef struct {
   PsaTierError error;
 } PsaTierControlArgs;
 
+typedef struct {
+  int64_t rows, dim, x_row_stride;
+  int32_t dtype, num_threads, error_index, reserved;
+  const void *x; /* [rows, 2 * dim] */
+  void *out;     /* [rows, dim] */
+} PsaSiluAndMulArgs;
+
 PSA_EXPORT int psa_abi_version(void);
 PSA_EXPORT int psa_struct_size(int index); /* of the args of the functions below, in order */
 PSA_EXPORT const char *psa_isa(void);
@@ -255,6 +262,7 @@ PSA_EXPORT int psa_tier_write(PsaTierRowsArgs *args);
 PSA_EXPORT int psa_tier_gather(PsaTierRowsArgs *args);
 PSA_EXPORT int psa_tier_decode(PsaTierDecodeArgs *args);
 PSA_EXPORT int psa_tier_control(PsaTierControlArgs *args);
+PSA_EXPORT int psa_silu_and_mul(PsaSiluAndMulArgs *args);
 
 #ifdef __cplusplus
 }
