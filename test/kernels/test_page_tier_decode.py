@@ -171,3 +171,25 @@ def test_at_most_a_group_a_head_is_loaded_in_vain() -> None:
     pages = int(attended.any(1).sum())
     assert counters.loads <= pages + 2 * group
     tier.close()
+
+
+def test_one_tier_decodes_other_batches_in_turn() -> None:
+    """Arguments that stay between calls are those of the batch at hand."""
+    batch = make_batch(BIG)
+    tier = tier_of(batch, 0.5)
+    for step, lens in enumerate(([2100, 0, 1500], [1400, 0, 77], [16, 0, 1500]), 1):
+        batch.seq_lens = torch.tensor(lens + list(BIG.lens[3:]), dtype=torch.int32)
+        for rules in (RULES, list(reversed(RULES))):
+            assert_equal(both(batch, tier, rules, step))
+    with pytest.raises(RuntimeError, match="holds 0 tokens"):
+        batch.page_table[1, 0] = 0
+        batch.seq_lens[1] = 3
+        both(batch, tier, RULES, 4)
+    tier.drain()
+    assert tier.check() == []
+    batch.seq_lens[1] = 0
+    assert_equal(both(batch, tier, RULES, 5))
+    with pytest.raises(ValueError, match="names a page outside of the pool"):
+        batch.page_table[0, 0] = -1
+        both(batch, tier, RULES, 6)
+    tier.close()
