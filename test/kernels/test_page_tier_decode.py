@@ -32,7 +32,15 @@ def tier_of(batch: Batch, fraction: float, host: str = "memory", pipeline: bool 
     return tier
 
 
-def both(batch: Batch, tier: PageTier, rules, step: int = 1, with_start: bool = False, **options):
+def both(
+    batch: Batch,
+    tier: PageTier,
+    rules,
+    step: int = 1,
+    with_start: bool = False,
+    threads: int = 1,
+    **options,
+):
     """(out, lse, stats, attended, residuals) of the tier, and of the resident pool."""
     case = batch.case
     rows, heads = len(case.lens), case.num_kv_heads * case.group
@@ -51,21 +59,25 @@ def both(batch: Batch, tier: PageTier, rules, step: int = 1, with_start: bool = 
         attended = torch.full((rows, case.num_kv_heads, width), 7, dtype=torch.uint8)
         residuals = torch.full((rows, heads, 3), 7.0)
         kept = {"attended": attended, "residuals": residuals}
-        if tiered:
-            stats = torch.empty(rows, case.num_kv_heads, 6)
-            got = tier.decode(OTHER, step, batch.q, *args, **options, **kept, stats=stats)
-            assert got[2] is stats
-        else:
-            got = progressive_decode(
-                batch.q,
-                batch.k,
-                batch.v,
-                *args,
-                page_size=case.page_size,
-                backend="cpu",
-                **options,
-                **kept,
-            )
+        torch.set_num_threads(threads)
+        try:
+            if tiered:
+                stats = torch.empty(rows, case.num_kv_heads, 6)
+                got = tier.decode(OTHER, step, batch.q, *args, **options, **kept, stats=stats)
+                assert got[2] is stats
+            else:
+                got = progressive_decode(
+                    batch.q,
+                    batch.k,
+                    batch.v,
+                    *args,
+                    page_size=case.page_size,
+                    backend="cpu",
+                    **options,
+                    **kept,
+                )
+        finally:
+            torch.set_num_threads(1)
         results.append((*got, attended, residuals))
     return results
 
@@ -111,20 +123,17 @@ def test_rules_mix_whatever_the_arena(fraction: float, pipeline: bool, host: str
 @pytest.mark.parametrize("threads", [2, 5])
 def test_threads_share_an_arena(threads: int) -> None:
     batch = make_batch(BIG)
-    torch.set_num_threads(threads)
-    try:
-        for fraction, host in ((1, "memory"), (0.2, "file"), (0, "memory"), (0, "file")):
-            tier = tier_of(batch, fraction, host)
-            quota = min(tier.shape.minimum_frames + 1, tier.shape.num_frames)
-            tier.set_quota(quota)
-            for step in range(1, 4):
-                assert_equal(both(batch, tier, RULES, step, group_pages=1 + 4 * step))
-                assert tier.check() == []
-            held = (tier.tables.frame_of >= 0).sum(1)
-            assert fraction == 1 or int(held[OTHER]) <= quota
-            tier.close()
-    finally:
-        torch.set_num_threads(1)
+    for fraction, host in ((1, "memory"), (0.2, "file"), (0, "memory"), (0, "file")):
+        tier = tier_of(batch, fraction, host)
+        quota = min(tier.shape.minimum_frames + 1, tier.shape.num_frames)
+        tier.set_quota(quota)
+        for step in range(1, 4):
+            results = both(batch, tier, RULES, step, threads=threads, group_pages=1 + 4 * step)
+            assert_equal(results)
+            assert tier.check() == []
+        held = (tier.tables.frame_of >= 0).sum(1)
+        assert fraction == 1 or int(held[OTHER]) <= quota
+        tier.close()
 
 
 def test_nothing_is_loaded_when_all_is_there() -> None:
