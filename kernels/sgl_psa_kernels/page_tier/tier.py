@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from sgl_psa_kernels import checks
-from sgl_psa_kernels.page_tier.host_store import HostStore
+from sgl_psa_kernels.page_tier.host_store import HostStore, lazy_bytes
 from sgl_psa_kernels.page_tier.shape import TierCounters, TierShape, TierTables
 
 OP = "page_tier"
@@ -37,7 +37,9 @@ class PageTier(ABC):
     def _make_frames(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for the frames, [F, Hkv, page_size, D] each."""
         size = (self.shape.num_frames, *self.shape.page_shape)
-        return torch.empty(size, dtype=self.shape.dtype), torch.empty(size, dtype=self.shape.dtype)
+        half = self.shape.num_frames * self.shape.record_bytes // 2
+        k, v = (lazy_bytes(half).view(self.shape.dtype).view(size) for _ in range(2))
+        return k, v
 
     @property
     def minimum_frames(self) -> int:

@@ -121,9 +121,8 @@ class Traffic:
         full[which[seen.open]] = False
         layers, pages = listed // self._shape.num_pages, listed % self._shape.num_pages
         # A page released since the list was begun: another look will tell what it is now.
-        wanted = (self._tables.frame_of.view(-1)[listed] < 0) & (
-            self._released[pages] < self._epoch
-        )
+        wanted = self._tables.frame_of.view(-1)[listed] < 0
+        wanted &= self._released[pages] < self._epoch
         moves = [
             self.book.take(int(layer), listed[wanted & (layers == layer)], seen.step)
             for layer in layers[wanted].unique()
