@@ -33,8 +33,14 @@ class Demand(Placement):
 
     def victims(self, tables: TierTables, count: int) -> torch.Tensor:
         frames = candidates(tables)
+        uses = tables.uses.numpy()[frames]
+        if count < len(frames):
+            # The largest number of the class that the count-th lowest is in.
+            least = int(np.partition(uses, count - 1)[count - 1])
+            frames = frames[uses <= (1 << least.bit_length()) - 1]
+            uses = tables.uses.numpy()[frames]
         # The exponent of a float is the bit length of the integer, 0 for 0.
-        halvings = np.frexp(tables.uses.numpy()[frames].astype(np.float64))[1].astype(np.int64)
+        halvings = np.frexp(uses.astype(np.float64))[1].astype(np.int64)
         key = (halvings << _CLASS_SHIFT) + (last_attended(tables, frames) >> _DROPPED_BITS)
         return torch.from_numpy(padded(frames[lowest(key, count)], count))[None]
 
