@@ -32,7 +32,15 @@ def tier_of(batch: Batch, fraction: float, host: str = "memory", pipeline: bool 
     return tier
 
 
-def both(batch: Batch, tier: PageTier, rules, step: int = 1, with_start: bool = False, **options):
+def both(
+    batch: Batch,
+    tier: PageTier,
+    rules,
+    step: int = 1,
+    with_start: bool = False,
+    threads: int = 1,
+    **options,
+):
     """(out, lse, stats, attended, residuals) of the tier, and of the resident pool."""
     case = batch.case
     rows, heads = len(case.lens), case.num_kv_heads * case.group
@@ -51,21 +59,25 @@ def both(batch: Batch, tier: PageTier, rules, step: int = 1, with_start: bool = 
         attended = torch.full((rows, case.num_kv_heads, width), 7, dtype=torch.uint8)
         residuals = torch.full((rows, heads, 3), 7.0)
         kept = {"attended": attended, "residuals": residuals}
-        if tiered:
-            stats = torch.empty(rows, case.num_kv_heads, 6)
-            got = tier.decode(OTHER, step, batch.q, *args, **options, **kept, stats=stats)
-            assert got[2] is stats
-        else:
-            got = progressive_decode(
-                batch.q,
-                batch.k,
-                batch.v,
-                *args,
-                page_size=case.page_size,
-                backend="cpu",
-                **options,
-                **kept,
-            )
+        torch.set_num_threads(threads)
+        try:
+            if tiered:
+                stats = torch.empty(rows, case.num_kv_heads, 6)
+                got = tier.decode(OTHER, step, batch.q, *args, **options, **kept, stats=stats)
+                assert got[2] is stats
+            else:
+                got = progressive_decode(
+                    batch.q,
+                    batch.k,
+                    batch.v,
+                    *args,
+                    page_size=case.page_size,
+                    backend="cpu",
+                    **options,
+                    **kept,
+                )
+        finally:
+            torch.set_num_threads(1)
         results.append((*got, attended, residuals))
     return results
 
@@ -111,20 +123,17 @@ def test_rules_mix_whatever_the_arena(fraction: float, pipeline: bool, host: str
 @pytest.mark.parametrize("threads", [2, 5])
 def test_threads_share_an_arena(threads: int) -> None:
     batch = make_batch(BIG)
-    torch.set_num_threads(threads)
-    try:
-        for fraction, host in ((1, "memory"), (0.2, "file"), (0, "memory"), (0, "file")):
-            tier = tier_of(batch, fraction, host)
-            quota = min(tier.shape.minimum_frames + 1, tier.shape.num_frames)
-            tier.set_quota(quota)
-            for step in range(1, 4):
-                assert_equal(both(batch, tier, RULES, step, group_pages=1 + 4 * step))
-                assert tier.check() == []
-            held = (tier.tables.frame_of >= 0).sum(1)
-            assert fraction == 1 or int(held[OTHER]) <= quota
-            tier.close()
-    finally:
-        torch.set_num_threads(1)
+    for fraction, host in ((1, "memory"), (0.2, "file"), (0, "memory"), (0, "file")):
+        tier = tier_of(batch, fraction, host)
+        quota = min(tier.shape.minimum_frames + 1, tier.shape.num_frames)
+        tier.set_quota(quota)
+        for step in range(1, 4):
+            results = both(batch, tier, RULES, step, threads=threads, group_pages=1 + 4 * step)
+            assert_equal(results)
+            assert tier.check() == []
+        held = (tier.tables.frame_of >= 0).sum(1)
+        assert fraction == 1 or int(held[OTHER]) <= quota
+        tier.close()
 
 
 def test_nothing_is_loaded_when_all_is_there() -> None:
@@ -170,4 +179,26 @@ def test_at_most_a_group_a_head_is_loaded_in_vain() -> None:
     counters = tier.counters()
     pages = int(attended.any(1).sum())
     assert counters.loads <= pages + 2 * group
+    tier.close()
+
+
+def test_one_tier_decodes_other_batches_in_turn() -> None:
+    """Arguments that stay between calls are those of the batch at hand."""
+    batch = make_batch(BIG)
+    tier = tier_of(batch, 0.5)
+    for step, lens in enumerate(([2100, 0, 1500], [1400, 0, 77], [16, 0, 1500]), 1):
+        batch.seq_lens = torch.tensor(lens + list(BIG.lens[3:]), dtype=torch.int32)
+        for rules in (RULES, list(reversed(RULES))):
+            assert_equal(both(batch, tier, rules, step))
+    with pytest.raises(RuntimeError, match="holds 0 tokens"):
+        batch.page_table[1, 0] = 0
+        batch.seq_lens[1] = 3
+        both(batch, tier, RULES, 4)
+    tier.drain()
+    assert tier.check() == []
+    batch.seq_lens[1] = 0
+    assert_equal(both(batch, tier, RULES, 5))
+    with pytest.raises(ValueError, match="names a page outside of the pool"):
+        batch.page_table[0, 0] = -1
+        both(batch, tier, RULES, 6)
     tier.close()
