@@ -87,12 +87,11 @@ class TieredCache:
         )
         shape = shape._replace(num_pages=sizes.num_pages, num_frames=sizes.num_frames)
         placement = PLACEMENTS[config.placement](shape)
-        host_file = None
-        if config.host_path:
-            host_file = HostFile(config.host_path, shape.host_bytes)
+        host_file = HostFile(config.host_path, shape.host_bytes) if config.host_path else None
+        if host_file is not None:
             host = HostStore.file(host_file.fd, shape.host_bytes)
         else:
-            host = HostStore.memory(shape.host_bytes)
+            host = _memory(shape.host_bytes)
         tier = make_tier(shape, host, backend=_BACKENDS[backend], pipeline=config.pipeline)
         return cls(tier, placement, pipeline=config.pipeline, host_file=host_file)
 
@@ -244,3 +243,13 @@ class TieredCache:
         self.tier.close()
         if self._host_file is not None:
             self._host_file.close()
+
+
+def _memory(num_bytes: int) -> HostStore:
+    try:
+        return HostStore.memory(num_bytes)
+    except OSError as error:
+        raise ConfigError(
+            f"host_pool_bytes={num_bytes}: the system does not give as much memory "
+            f"({error.strerror}); set host_pool_bytes lower, or host_path to a folder on disk"
+        ) from None

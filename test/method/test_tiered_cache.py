@@ -187,6 +187,12 @@ def test_what_tiers_do_not_serve_is_refused() -> None:
         build(config(7))
 
 
+def test_memory_that_the_system_does_not_give_is_refused() -> None:
+    settings = dataclasses.replace(config(ALL), host_pool_bytes=1 << 55)
+    with pytest.raises(ConfigError, match=r"host_pool_bytes=\d+: the system .* host_path"):
+        build(settings)
+
+
 def test_a_host_file_serves_as_memory_does(tmp_path) -> None:
     settings = config(26, host_path=str(tmp_path))
     tier = build(settings)

@@ -66,6 +66,21 @@ def lowest(key: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(key)
 
 
+def at_most_the_lowest(values: np.ndarray, count: int) -> np.ndarray:
+    """Places of all ``values`` that are not above the ``count``-th lowest: what a finer order has
+    to look at."""
+    if count >= len(values):
+        return np.arange(len(values))
+    return np.flatnonzero(values <= np.partition(values, count - 1)[count - 1])
+
+
+def least_recent(tables: TierTables, frames: np.ndarray, count: int) -> np.ndarray:
+    """The ``count`` of ``frames`` that were attended longest ago, in that order."""
+    stamp = tables.stamp.numpy().reshape(-1)[tables.owner.numpy()[frames]]
+    near = frames[at_most_the_lowest(stamp, count)]
+    return near[lowest(last_attended(tables, near), count)]
+
+
 def padded(frames: np.ndarray, count: int) -> np.ndarray:
     """``frames`` as int32 [count], -1 behind the last."""
     order = np.full(count, -1, dtype=np.int32)

@@ -11,7 +11,7 @@ import torch
 from sgl_psa_kernels.page_tier import TierShape, TierTables
 
 from sgl_psa.config import ConfigError
-from sgl_psa.memory.placements.base import Placement, candidates, last_attended, lowest, padded
+from sgl_psa.memory.placements.base import Placement, candidates, least_recent, padded
 
 
 class LayerEven(Placement):
@@ -40,13 +40,9 @@ class LayerEven(Placement):
         # The stable sort of 16-bit keys is a radix sort: linear in the frames.
         by_layer = np.argsort(layer, kind="stable")
         frames = frames[by_layer]
-        key = last_attended(tables, frames)
         ends = np.cumsum(np.bincount(layer, minlength=layers))
         width = min(count, self.quota)
         rows = [
-            padded(mine[lowest(mine_key, width)], width)
-            for mine, mine_key in zip(
-                np.split(frames, ends[:-1]), np.split(key, ends[:-1]), strict=True
-            )
+            padded(least_recent(tables, mine, width), width) for mine in np.split(frames, ends[:-1])
         ]
         return torch.from_numpy(np.stack(rows))

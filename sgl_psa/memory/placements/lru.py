@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from sgl_psa_kernels.page_tier import TierTables
 
-from sgl_psa.memory.placements.base import Placement, candidates, last_attended, lowest, padded
+from sgl_psa.memory.placements.base import Placement, candidates, least_recent, padded
 
 
 class LeastRecent(Placement):
@@ -14,6 +14,5 @@ class LeastRecent(Placement):
     name = "lru"
 
     def victims(self, tables: TierTables, count: int) -> torch.Tensor:
-        frames = candidates(tables)
-        chosen = frames[lowest(last_attended(tables, frames), count)]
+        chosen = least_recent(tables, candidates(tables), count)
         return torch.from_numpy(padded(chosen, count))[None]
