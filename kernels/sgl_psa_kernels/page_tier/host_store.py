@@ -1,5 +1,6 @@
 """The backing store of a page tier: bytes in memory or in a file."""
 
+import contextlib
 import mmap
 import os
 
@@ -26,8 +27,7 @@ class HostStore:
         self.kind, self.num_bytes, self.fd = kind, num_bytes, fd
         self._bytes = torch.empty(0, dtype=torch.uint8)
         if kind == "memory":
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-            self._bytes = torch.frombuffer(mmap.mmap(-1, num_bytes, flags=flags), dtype=torch.uint8)
+            self._bytes = lazy_bytes(num_bytes)
         self.pointer = self._bytes.data_ptr() if kind == "memory" else 0
 
     @classmethod
@@ -88,6 +88,16 @@ class HostStore:
             if not part:
                 raise failure("writing", offset, len(view), 0)
             done += part
+
+
+def lazy_bytes(count: int) -> torch.Tensor:
+    """Zeros, uint8, taken from the system as they are written, in huge pages where it has them."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = mmap.mmap(-1, count, flags=flags)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def failure(verb: str, offset: int, count: int, code: int) -> HostStoreError:

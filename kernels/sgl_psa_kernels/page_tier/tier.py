@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from sgl_psa_kernels import checks
-from sgl_psa_kernels.page_tier.host_store import HostStore
+from sgl_psa_kernels.page_tier.host_store import HostStore, lazy_bytes
 from sgl_psa_kernels.page_tier.shape import TierCounters, TierShape, TierTables
 
 OP = "page_tier"
@@ -33,8 +33,9 @@ class PageTier(ABC):
         self.shape, self.host = shape, host
         self.tables = TierTables.empty(shape)
         frames = (shape.num_frames, *shape.page_shape)
-        self.k_frames = torch.empty(frames, dtype=shape.dtype)
-        self.v_frames = torch.empty(frames, dtype=shape.dtype)
+        half = shape.num_frames * shape.record_bytes // 2
+        self.k_frames = lazy_bytes(half).view(shape.dtype).view(frames)
+        self.v_frames = lazy_bytes(half).view(shape.dtype).view(frames)
 
     @property
     def minimum_frames(self) -> int:
