@@ -2,7 +2,8 @@
 
 One context is prefilled once into a paged pool. Rows then fork from it, each with pages of its own
 for what it is fed, so any number of questions and policies answer on the same context in one
-batch; when they are done their pages are free again.
+batch; when they are done their pages are free again. With an arena, decode attends through two
+tiers; the pool then serves prefill and summaries only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import torch.nn.functional as F
 
 from sgl_psa.backends import resolve_backend
 from sgl_psa.config import AUTO_CONTEXT, PSAConfig
+from sgl_psa.evaluate import arena as two_tiers
+from sgl_psa.evaluate.arena import Arena
 from sgl_psa.evaluate.feeder import Feeder
+from sgl_psa.memory.tiered_cache import TieredCache
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
 from sgl_psa.scorers import CacheShape
@@ -59,22 +63,46 @@ class Row:
 
 
 class Group:
-    """Summaries and a wrapper: what policies of the same server settings share."""
+    """Summaries and a wrapper: what policies of the same server settings share.
 
-    def __init__(self, config: PSAConfig, shape: CacheShape, rows: int, kv_bytes: int) -> None:
+    Attributes:
+        tier: K and V of this group, if they are on two tiers.
+    """
+
+    def __init__(
+        self,
+        config: PSAConfig,
+        shape: CacheShape,
+        rows: int,
+        dtype: torch.dtype,
+        arena: Arena | None,
+    ) -> None:
         if config.min_context == AUTO_CONTEXT:
             config = replace(config, min_context=SPARSE_FROM)
         backend = resolve_backend(config.backend, shape.device)
-        # Policies that share a group may have any stop rule.
-        self.summaries = make_summaries(config, shape, backend, norms=True)
+        self.tier: TieredCache | None = None
+        if arena is not None:
+            config = arena.settings(config, shape, dtype)
+            self.tier = two_tiers.build(config, shape, dtype, backend)
+        # Policies that share a group may have any stop rule; tiers do not serve change.
+        self.summaries = make_summaries(config, shape, backend, norms=arena is None)
         self.wrapper = PSADecodeWrapper(
             config,
             self.summaries.scorer,
             backend=backend,
-            kv_element_bytes=kv_bytes,
+            kv_element_bytes=dtype.itemsize,
             values=self.summaries.values,
+            tier=self.tier,
         )
         self.table = RuleTable(config, rows, shape.device)
+
+    def on_write(
+        self, layer: int, slots: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> None:
+        """Rows of K and V were stored at ``slots`` of the layer's caches [slots, Hkv, D]."""
+        self.summaries.on_write(layer, slots, k_cache, v_cache)
+        if self.tier is not None:
+            self.tier.write(layer, slots, k_cache[slots], v_cache[slots])
 
 
 @dataclass
@@ -112,6 +140,7 @@ class PagedModel:
         max_tail: int,
         page_size: int = PAGE_SIZE,
         share_heads: bool = True,
+        arena: Arena | None = None,
     ) -> None:
         """
         Args:
@@ -123,8 +152,10 @@ class PagedModel:
             page_size: tokens of a page.
             share_heads: the query heads of a KV head attend the same pages, as a server has it;
                 if not, K and V are repeated, so that every query head selects for itself.
+            arena: decode attends over two tiers; CPU only.
 
         Raises:
+            ConfigError: settings or sizes that do not go with the arena.
             ValueError: the model's attention is not what PSA serves.
         """
         refuse_unfit(model.config)
@@ -145,9 +176,7 @@ class PagedModel:
         size = (self.num_layers, num_pages * page_size, self.heads, head_dim)
         self.k = torch.zeros(size, dtype=parameter.dtype, device=self.device)
         self.v = torch.zeros_like(self.k)
-        self.groups = [
-            Group(config, shape, max_rows, parameter.element_size()) for config in configs
-        ]
+        self.groups = [Group(config, shape, max_rows, parameter.dtype, arena) for config in configs]
         self._req_to_token = torch.zeros(
             max_rows,
             (self._context_pages + self._tail_pages) * page_size,
@@ -226,6 +255,9 @@ class PagedModel:
         """Map the rows' contexts; the open page of each is copied to the row's first own page."""
         if len(rows) > self.max_rows:
             raise ValueError(f"{len(rows)} rows: the pool was made for {self.max_rows}")
+        if group.tier is not None:
+            tails = 1 + self._context_pages + torch.arange(self.max_rows * self._tail_pages)
+            group.tier.release(tails)
         sources, targets = [], []
         for slot, row in enumerate(rows):
             if not 0 < row.prefix <= self._length:
@@ -244,7 +276,7 @@ class PagedModel:
         for layer in range(self.num_layers):
             self.k[layer][target] = self.k[layer][source]
             self.v[layer][target] = self.v[layer][source]
-            group.summaries.on_write(layer, target, self.k[layer], self.v[layer])
+            group.on_write(layer, target, self.k[layer], self.v[layer])
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
@@ -265,7 +297,7 @@ class PagedModel:
             self.k[layer][work.slots] = k[0].transpose(0, 1)
             self.v[layer][work.slots] = v[0].transpose(0, 1)
             for group in self.groups:
-                group.summaries.on_write(layer, work.slots, self.k[layer], self.v[layer])
+                group.on_write(layer, work.slots, self.k[layer], self.v[layer])
             shared = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=shared
@@ -273,9 +305,11 @@ class PagedModel:
             return out.transpose(1, 2)
         self.k[layer][work.slots] = k[:, :, 0]
         self.v[layer][work.slots] = v[:, :, 0]
-        work.group.summaries.on_write(layer, work.slots, self.k[layer], self.v[layer])
+        work.group.on_write(layer, work.slots, self.k[layer], self.v[layer])
         wrapper = work.group.wrapper
-        out, _ = wrapper.run(layer, q[:, :, 0].contiguous(), self.k[layer], self.v[layer], scale)
+        resident = work.group.tier is None
+        k_cache, v_cache = (self.k[layer], self.v[layer]) if resident else (None, None)
+        out, _ = wrapper.run(layer, q[:, :, 0].contiguous(), k_cache, v_cache, scale)
         work.columns[layer] = wrapper.columns(layer)
         return out[:, None]
 
