@@ -158,7 +158,7 @@ class Admission:
         """Plan with more or less, by the share of the newest steps' time that decode waited."""
         limited = self._refused or not all(entry.decodes for entry in self._entries.values())
         self._refused = False
-        if waited > self.limits.thrash:
+        if waited > self.limits.thrash and self.stretch > 1:
             self.stretch = max(self.stretch / _SHRINKAGE, 1.0)
             self._rest_until = self.step + _REST * self.limits.quantum
         elif waited < self.limits.calm and limited and self.step >= self._rest_until:
