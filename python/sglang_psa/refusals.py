@@ -241,6 +241,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "requests' rules and statistics need SGLang's Python HTTP server: unset SGLANG_RUST_SERVER",
     ),
     Refusal(
+        "LoRA on CPU",
+        lambda a: a.device == "cpu" and bool(a.enable_lora or a.lora_paths),
+        "SGLang's LoRA layers pin host memory, which needs an accelerator: drop --enable-lora and "
+        "--lora-paths, and serve a model that the adapter was merged into",
+    ),
+    Refusal(
         "diffusion language models",
         lambda a: a.dllm_algorithm is not None,
         "block diffusion decoding is not supported: drop --dllm-algorithm",

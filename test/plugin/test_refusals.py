@@ -28,6 +28,9 @@ SWITCHES = (
 )
 ARGS = dict(
     attention_backend="psa",
+    device="cpu",
+    enable_lora=None,
+    lora_paths=None,
     prefill_attention_backend=None,
     decode_attention_backend=None,
     page_size=16,
@@ -110,6 +113,7 @@ CASES = {
     "KV sizing after capture": [{"env:SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "1"}],
     "several tokenizers": [{"tokenizer_worker_num": 2}],
     "Rust HTTP server": [{"env:SGLANG_RUST_SERVER": "1"}],
+    "LoRA on CPU": [{"enable_lora": True}, {"lora_paths": ["a=folder"]}],
     "diffusion language models": [{"dllm_algorithm": "x"}],
     "mixed chunk": [{"enable_mixed_chunk": True}],
     "hierarchical cache": [{"enable_hierarchical_cache": True}],
@@ -212,6 +216,7 @@ LEGAL = [
     {**TIERED, "psa:psa_backend": "auto"},
     {**TIERED, "device": "cpu", "psa:psa_backend": "cpu"},
     {"psa:psa_device_pool_bytes": 0, "device": "cuda"},
+    {"device": "cuda", "enable_lora": True, "lora_paths": ["a=folder"]},
 ]
 
 

@@ -84,8 +84,8 @@ class PreparedDecode:
         Raises:
             ValueError: a row with rule but no ``log_mass``, a page outside of the pool.
         """
-        out = torch.empty(q.shape, dtype=q.dtype)
-        lse = torch.empty(self._lse)
+        out = q.new_empty(q.shape)
+        lse = q.new_empty(self._lse, dtype=torch.float32)
         args = self._call.args
         args.rows.q = q.data_ptr()
         args.rows.q_row_stride, args.rows.q_head_stride, _ = q.stride()

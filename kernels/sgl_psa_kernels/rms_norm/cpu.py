@@ -16,10 +16,10 @@ def rms_norm(
     weight = weight.contiguous()
     rows = x if x.dim() == 2 else x.reshape(-1, dim)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(x.shape)
     total, others = None, rows
     if residual is not None:
-        total = torch.empty(x.shape, dtype=x.dtype)
+        total = x.new_empty(x.shape)
         others = residual if residual.dim() == 2 else residual.reshape(-1, dim)
         others = others if others.stride(1) == 1 else others.contiguous()
     args = abi.RmsNormArgs(

@@ -13,7 +13,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     dim = rows.shape[1] // 2
-    out = torch.empty((*x.shape[:-1], dim), dtype=x.dtype)
+    out = x.new_empty((*x.shape[:-1], dim))
     args = abi.SiluAndMulArgs(
         rows.shape[0],
         dim,

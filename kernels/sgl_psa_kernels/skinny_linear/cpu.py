@@ -12,7 +12,7 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     require_cpu(op, x, weight, bias)
     x = x if x.stride(1) == 1 else x.contiguous()
     bias = None if bias is None else bias.contiguous()
-    out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    out = x.new_empty((x.shape[0], weight.shape[0]))
     args = abi.SkinnyLinearArgs(
         x.shape[0],
         x.shape[1],
