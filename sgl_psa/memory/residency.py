@@ -45,7 +45,6 @@ class Residency:
         self._interval = _FIRST_INTERVAL
         self._named = False
         self._step = 0
-        self._evictions = 0
         self._filled = 0
         self._recent: deque[int] = deque([0], maxlen=WORKING_SET_STEPS)
         if placement.quota < tier.shape.num_frames:
@@ -55,9 +54,7 @@ class Residency:
         """Name the frames that may be taken in ``step``, if they may run short."""
         self._step = step
         tables = self.tier.tables
-        evictions = self.tier.counters().evictions
-        self.placement.taken(tables, evictions - self._evictions)
-        self._evictions = evictions
+        self.placement.age(tables, step)
         filled = int(tables.came.max())
         self._recent.append(filled - self._filled)
         self._filled = filled

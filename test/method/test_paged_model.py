@@ -2,16 +2,21 @@
 
 import pytest
 import torch
+from sgl_psa_kernels._native import native_available
 
 from sgl_psa.evaluate import cli, policy_spec
+from sgl_psa.evaluate.arena import Arena
 from sgl_psa.evaluate.feeder import Forced
 from sgl_psa.evaluate.in_process import InProcess, load_model
 from sgl_psa.evaluate.material import RECALL, Material
 from sgl_psa.evaluate.measurement import Measurement, Reads
 from sgl_psa.evaluate.paged_model import PagedModel, Row
 from sgl_psa.evaluate.tasks import TASKS
+from sgl_psa.memory.placements import PLACEMENTS
 
+AVAILABLE, REASON = native_available()
 LENGTH = 1300
+ARENA_LENGTH = 3400
 GROUP = 2  # query heads of a KV head of the embedded model
 HEAD_DIM = 128
 SPANS = [(700, 720), (1001, 1033), (1100, 1101)]
@@ -91,3 +96,48 @@ def test_results_tell_models_apart(loaded) -> None:
         for settings in ({}, {"page_size": 16}, {"page_size": 8}, {"share_heads": False})
     }
     assert len(kinds) == 3 and "in process" in kinds
+
+
+def decoded(loaded, arena: Arena | None) -> tuple[list, PagedModel]:
+    """Greedy answers to questions on one context, in two batches, with what was read for them."""
+    model, tokenizer = loaded
+    runner = InProcess(model, tokenizer, name="embedded", folder=cli.EMBEDDED, chat=False)
+    example = TASKS["multi_key"].build(Material(tokenizer, RECALL), ARENA_LENGTH, "arena")
+    spec = policy_spec.parse("psa:marginal:0.05")
+    ids = runner.prompt.context_ids(example)
+    feeders = [feeder for feeder, _ in runner._feeders(example, len(ids))][:6]
+    paged = PagedModel(
+        model,
+        [spec.config],
+        max_context=len(ids),
+        max_rows=3,
+        max_tail=max(feeder.longest() for feeder in feeders),
+        arena=arena,
+    )
+    paged.prefill(ids)
+    rows = [Row(feeder, spec.rule(), len(ids)) for feeder in feeders]
+    for batch in (rows[:3], rows[3:]):
+        paged.decode(paged.groups[0], batch)
+    return [(row.feeder.tokens, row.counts.tolist(), row.heads.tolist()) for row in rows], paged
+
+
+@pytest.fixture(scope="module")
+def resident(loaded) -> list:
+    return decoded(loaded, None)[0]
+
+
+@pytest.mark.skipif(not AVAILABLE, reason=f"C++ kernels cannot be built: {REASON}")
+@pytest.mark.parametrize("pipeline", [True, False])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("fraction", [0.25, 0.1])
+def test_an_arena_of_any_size_answers_as_the_whole_pool(
+    loaded, resident, fraction: float, placement: str, pipeline: bool
+) -> None:
+    answers, paged = decoded(loaded, Arena(fraction, placement, pipeline))
+    assert answers == resident
+    tier = paged.groups[0].tier
+    snapshot = tier.snapshot()
+    assert snapshot["loads"] > 0 and snapshot["hits"] > 0
+    assert pipeline or snapshot["bytes_in_vain"] == 0
+    assert tier.check() == []
+    tier.close()

@@ -1,4 +1,4 @@
-"""Orders of victims against plain sorts, for every placement; the clock step by step."""
+"""Orders of victims against plain sorts, for every placement."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from sgl_psa_kernels.page_tier import TierShape, TierTables
 
 from sgl_psa.config import DEFAULTS, ConfigError
 from sgl_psa.memory.placements import PLACEMENTS
-from sgl_psa.memory.placements.demand_clock import DemandClock
+from sgl_psa.memory.placements.demand import HALF_LIFE
 
 SHAPE = TierShape(4, 60, 100, 16, 2, 32, torch.float32)
 
@@ -83,36 +83,34 @@ def test_layer_even_needs_the_minimum_in_every_layer() -> None:
         PLACEMENTS["even"](SHAPE._replace(num_frames=31))
 
 
-def walk(made: TierTables, hand: int, count: int) -> tuple[list[int], list[int], int]:
-    """The clock as a hand that moves frame by frame: victims, uses, and where it stops."""
-    uses, victims, eligible = made.uses.tolist(), [], set(clean(made))
-    while len(victims) < count:
-        if hand in eligible and hand not in victims and uses[hand] == 0:
-            victims.append(hand)
-        uses[hand] >>= 1
-        hand = (hand + 1) % len(uses)
-    return victims, uses, hand
-
-
 @pytest.mark.parametrize("count", [1, 9, 40])
-def test_the_demand_clock_is_a_hand_that_halves(count: int) -> None:
-    made, placement = tables(4), DemandClock(SHAPE)
-    for _ in range(3):
-        victims, uses, hand = walk(made, placement.hand, count)
-        assert placement.victims(made, count)[0].tolist() == victims
-        placement.taken(made, count)
-        assert made.uses.tolist() == uses and placement.hand == hand
-        # Other pages come in the victims' place.
-        made.uses[victims] = torch.randint(1, 9, (count,)).int()
+def test_demand_goes_by_halvings_and_then_by_recency(count: int) -> None:
+    made = tables(4)
+    want = sorted(clean(made), key=lambda f: (int(made.uses[f]).bit_length(), recency(made, f)[0]))
+    order = PLACEMENTS["demand"](SHAPE).victims(made, count)[0].tolist()
+    rank = {f: (int(made.uses[f]).bit_length(), recency(made, f)[0]) for f in want}
+    assert [rank[f] for f in order] == [rank[f] for f in want[:count]]
 
 
-def test_nothing_ages_while_nothing_is_taken() -> None:
-    made, placement = tables(5), DemandClock(SHAPE)
+def test_keys_of_the_largest_numbers_keep_their_order() -> None:
+    made = TierTables.empty(SHAPE)
+    made.owner[:3] = torch.tensor([5, 70, 9])
+    made.stamp.view(-1)[[5, 70, 9]] = torch.tensor([2**31 - 1, 1, 2**31 - 2], dtype=torch.int32)
+    made.uses[:3] = torch.tensor([2**31 - 1, 2**31 - 1, 2**30 - 1])
+    made.came[:3] = torch.tensor([1, 2**60, 3])
+    assert PLACEMENTS["demand"](SHAPE).victims(made, 3).tolist() == [[2, 1, 0]]
+    assert PLACEMENTS["lru"](SHAPE).victims(made, 3).tolist() == [[1, 2, 0]]
+
+
+def test_demand_is_halved_by_the_step_and_by_nothing_else() -> None:
+    made, placement = tables(5), PLACEMENTS["demand"](SHAPE)
     before = made.uses.clone()
-    placement.taken(made, 3)
-    placement.victims(made, 10)
-    placement.taken(made, 0)
-    assert torch.equal(made.uses, before) and placement.hand == 0
+    for step in range(1, HALF_LIFE):
+        placement.age(made, step)
+        placement.victims(made, 10)
+    assert torch.equal(made.uses, before)
+    placement.age(made, HALF_LIFE)
+    assert torch.equal(made.uses, before // 2)
 
 
 def test_demand_outlives_recency() -> None:

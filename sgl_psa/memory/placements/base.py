@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from sgl_psa_kernels.page_tier import TierShape, TierTables
 
-#: Longest tail of the running number ``came`` that orders frames of one stamp.
+#: Bits below the stamp for the running number ``came``, which orders frames of one stamp.
 _CAME_BITS = 32
 
 
@@ -38,8 +38,8 @@ class Placement(ABC):
         """Frames in the order in which they may be taken, int32 [Q, count], -1 where there are no
         more. Layer l takes from row l % Q: Q is 1, or the number of layers."""
 
-    def taken(self, tables: TierTables, count: int) -> None:
-        """The tier took ``count`` frames since the last ``victims``; may age ``tables.uses``."""
+    def age(self, tables: TierTables, step: int) -> None:
+        """Step ``step`` begins; may lower ``tables.uses``."""
         return
 
 
