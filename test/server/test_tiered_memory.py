@@ -104,7 +104,7 @@ def test_same_tokens_from_a_fraction_of_the_memory(
 def test_a_prefix_whose_frames_are_gone_is_still_a_hit(
     tiered: Server, uncached: Engine, prompts: Prompts
 ) -> None:
-    asked = [prompts.recall(1200, seed=3300 + 10 * n).ids for n in range(3)]
+    asked = [prompts.recall(1207, seed=3300 + 10 * n).ids for n in range(3)]
     first = [tiered.generate(ids, max_new_tokens=NEW) for ids in asked]
     again = tiered.generate(asked[0], max_new_tokens=NEW)
     assert again["meta_info"]["cached_tokens"] == len(asked[0]) // PAGE * PAGE
