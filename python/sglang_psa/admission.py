@@ -8,6 +8,7 @@ admits no more than it allows. All else is SGLang's own, because its running bat
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,11 @@ class SchedulerAdmission:
         )
         self.held_back = 0
         self._tier = tier
+        self._scheduler = scheduler
+        #: Forward passes, time and waiting (ns) when the newest decode step was prepared.
+        self._before = (0, 0, 0)
+        #: Time and waiting of decode steps since the last measurement.
+        self._spent, self._waited = 0, 0
         self._req_to_token: torch.Tensor = scheduler.req_to_token_pool.req_to_token
         self._group = scheduler.tp_cpu_group if scheduler.ps.tp_size > 1 else None
         self._held_pages: int | None = None
@@ -62,6 +68,7 @@ class SchedulerAdmission:
             running: SGLang's running batch without finished requests, not prepared yet.
         """
         admission = self.admission
+        self._watch()
         if admission.step and admission.step % MEASURE_EVERY == 0:
             self._measure(running.reqs)
         requests = [self._describe(req) for req in running.reqs]
@@ -104,7 +111,8 @@ class SchedulerAdmission:
         return Running(req.rid, -(-tokens // self.page_size), req.to_finish is not None)
 
     def _measure(self, reqs: list[Any]) -> None:
-        """Working sets of those that decoded; every tensor-parallel rank takes the largest."""
+        """Working sets of those that decoded, and the time that decode waited in 1/1000; every
+        tensor-parallel rank takes the largest, so that all decide alike."""
         size = self.page_size
         pages = [
             torch.div(
@@ -119,14 +127,27 @@ class SchedulerAdmission:
         decoding = [i for i, req in enumerate(reqs) if self.admission.decoding(req.rid)]
         found = [self._tier.working_set(pages[i][holders[pages[i]] == 1]) for i in decoding]
         found.append(self._tier.working_set(several) if len(several) else 0)
+        found.append(1000 * self._waited // self._spent if self._spent else -1)
+        self._spent = self._waited = 0
         if self._group is not None:
             counts = torch.tensor(found)
             torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX, self._group)
             found = counts.tolist()
-        *own, shared = found
+        *own, shared, waited = found
         self.admission.observe(
             {reqs[i].rid: frames for i, frames in zip(decoding, own, strict=True)}, shared
         )
+        if waited >= 0:
+            self.admission.pace(waited / 1000)
+
+    def _watch(self) -> None:
+        """Add the time since the last decode step was prepared, unless prefill came between."""
+        passes, now = self._scheduler.forward_ct, time.perf_counter_ns()
+        waited = self._tier.tier.counters().stall_ns // torch.get_num_threads()
+        before, self._before = self._before, (passes, now, waited)
+        if passes == before[0] + 1:
+            self._spent += now - before[1]
+            self._waited += waited - before[2]
 
 
 _admission: SchedulerAdmission | None = None

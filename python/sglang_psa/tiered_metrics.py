@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from sglang_psa.admission import admission_stats
+
 PREFIX = "sglang:psa_memory_"
 #: Series -> field of the section ``memory`` of ``/psa/stats``, unit of it, and what it counts.
 COUNTERS: dict[str, tuple[str, float, str]] = {
@@ -16,11 +18,13 @@ COUNTERS: dict[str, tuple[str, float, str]] = {
     "in_vain_bytes": ("bytes_in_vain", 1, "Bytes brought and given up without being attended."),
     "evictions": ("evictions", 1, "Frames taken from a page."),
     "stall_seconds": ("stall_ms", 1e-3, "Core time of decode with nothing to do but to wait."),
+    "pauses": ("pauses", 1, "Times that a decoding request had to wait for room."),
 }
 #: Series -> field, and what it shows.
 GAUGES: dict[str, tuple[str, str]] = {
     "frames_used": ("frames_used", "Frames of the device tier that hold a page."),
     "working_set_frames": ("working_set_frames", "Pages that the last 12 steps attended."),
+    "paused_requests": ("paused", "Running requests that wait for room on the device tier."),
     "device_bytes": ("device_bytes", "Size of the device tier."),
     "host_bytes": ("host_bytes", "Size of the host tier."),
 }
@@ -73,7 +77,7 @@ class TierMetrics:
         if now < self._next:
             return
         self._next = now + INTERVAL
-        found = tier.snapshot()
+        found = {"paused": 0, "pauses": 0, **tier.snapshot(), **(admission_stats() or {})}
         for name, (field, unit, _) in COUNTERS.items():
             value = found[field] * unit
             self._counters[name].inc(value - self._seen[name])

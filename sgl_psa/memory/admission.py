@@ -4,6 +4,11 @@ Prefill may run ahead of decode: its KV goes to the host, and a request that has
 takes the place of one that ends at once. But every request more that is admitted makes the turns
 of all others rarer, so working sets are admitted up to ``overcommit`` arenas, and requests wait in
 the server's queue beyond that.
+
+A larger batch costs loads and saves steps. Of b requests that decode together where b0 fit, each
+step gains (b / b0 - 1) of its time and loses what it waits for pages. So while decode hardly ever
+waits, loads are hidden, and the arena is planned with as if it were larger; it is not, once waiting
+outweighs what a batch half as large again gains.
 """
 
 from __future__ import annotations
@@ -30,6 +35,8 @@ class AdmissionLimits:
         overcommit: working sets of admitted requests, in arenas.
         prior: share of its pages, sink and recent ones apart, that a request is taken to need
             before any working set is known.
+        calm: share of its time that decode waits for pages, below which the plan grows.
+        thrash: the same, above which it shrinks.
     """
 
     quantum: int = 32
@@ -37,6 +44,12 @@ class AdmissionLimits:
     slack: float = 0.1
     overcommit: float = 2.0
     prior: float = 0.25
+    calm: float = 0.1
+    thrash: float = 1 / 3
+
+
+#: Factors by which the plan grows and shrinks, and the turns for which it does not grow after that.
+_GROWTH, _SHRINKAGE, _REST = 1.25, 1.5, 4
 
 
 class Running(NamedTuple):
@@ -65,6 +78,7 @@ class Admission:
     Attributes:
         step: decode steps decided so far.
         pauses: times that a request which decoded had to wait.
+        stretch: arenas that are planned with, 1 or more.
     """
 
     def __init__(
@@ -87,6 +101,9 @@ class Admission:
         self.num_frames = num_frames
         self.step = 0
         self.pauses = 0
+        self.stretch = 1.0
+        self._rest_until = 0
+        self._refused = False
         self._layers = num_layers
         self._forced = forced_pages
         self._dense = dense_pages
@@ -111,7 +128,7 @@ class Admission:
         chosen = choose(
             found,
             self.step,
-            max(self._usable - self._shared, 0),
+            self._room(),
             quantum=self.limits.quantum,
             slack=self.limits.slack,
         )
@@ -136,6 +153,16 @@ class Admission:
                 entry.frames, entry.known = found, True
             else:
                 entry.frames = max(entry.frames, found)
+
+    def pace(self, waited: float) -> None:
+        """Plan with more or less, by the share of the newest steps' time that decode waited."""
+        limited = self._refused or not all(entry.decodes for entry in self._entries.values())
+        self._refused = False
+        if waited > self.limits.thrash:
+            self.stretch = max(self.stretch / _SHRINKAGE, 1.0)
+            self._rest_until = self.step + _REST * self.limits.quantum
+        elif waited < self.limits.calm and limited and self.step >= self._rest_until:
+            self.stretch *= _GROWTH
 
     def decoding(self, key: Hashable) -> bool:
         """Whether a request took part in the newest step."""
@@ -164,12 +191,15 @@ class Admission:
             self.frames(key) if key in self._entries else self.estimate(count)
             for key, count in others
         ]
-        limit = self.limits.overcommit * max(self._usable - self._shared, 0)
-        return not charged or sum(charged) + self.estimate(pages) <= limit
+        limit = self.limits.overcommit * self._room()
+        admitted = not charged or sum(charged) + self.estimate(pages) <= limit
+        self._refused |= not admitted
+        return admitted
 
     def snapshot(self) -> dict[str, Any]:
         """``decoding`` and ``paused`` requests; ``pauses`` since start; working sets in frames, of
-        all that run, of those that decode, and of shared pages; the frames there are for them."""
+        all that run, of those that decode, and of shared pages; the frames there are for them, and
+        how many times over they are planned with."""
         entries = self._entries
         decoding = [key for key, entry in entries.items() if entry.decodes]
         return {
@@ -180,8 +210,12 @@ class Admission:
             "working_set_decoding": self._shared + sum(map(self.frames, decoding)),
             "working_set_shared": self._shared,
             "usable_frames": self._usable,
+            "stretch": self.stretch,
             "working_set_share": self._share,
         }
+
+    def _room(self) -> int:
+        return int(max(self._usable - self._shared, 0) * self.stretch)
 
     def _learn_share(self) -> None:
         """The share of pages that sparse requests need, from those whose working set is known."""

@@ -122,3 +122,40 @@ def test_one_that_ends_gets_its_last_step(leaves, decoding):
     admission = make(100)
     requests = [Running("a", 83), Running("b", 83, leaves)]
     assert sum(admission.decide(requests)) == decoding
+
+
+def test_the_plan_grows_while_decode_does_not_wait_and_someone_does():
+    admission = make(100)
+    two = [Running("a", 83), Running("b", 83)]
+    assert admission.decide(two) == [True, False]
+    admission.pace(0.2)
+    assert admission.stretch == 1
+    for _ in range(4):
+        admission.pace(0.0)
+        chosen = admission.decide(two)
+    assert chosen == [True, True] and admission.stretch > 1.8
+    reached = admission.stretch
+    admission.pace(0.0)
+    assert admission.stretch == reached, "nobody waits"
+    assert not admission.admits(1000, [("a", 83), ("b", 83)])
+    admission.pace(0.0)
+    assert admission.stretch > reached, "one was kept in the queue"
+
+
+def test_the_plan_shrinks_when_decode_waits_and_rests_then():
+    admission = make(100)
+    two = [Running("a", 83), Running("b", 83)]
+    for _ in range(5):
+        admission.decide(two)
+        admission.pace(0.0)
+    reached = admission.stretch
+    while admission.stretch > 1:
+        admission.pace(0.5)
+    assert reached > 1 and admission.stretch == 1
+    assert sum(admission.decide(two)) == 1
+    admission.pace(0.0)
+    assert admission.stretch == 1
+    for _ in range(4 * LIMITS.quantum):
+        admission.decide(two)
+    admission.pace(0.0)
+    assert admission.stretch > 1

@@ -17,6 +17,8 @@ class Tier:
     def __init__(self, frames):
         self.sizes = SimpleNamespace(num_frames=frames, num_layers=LAYERS)
         self.asked = []
+        self.waited = 0
+        self.tier = SimpleNamespace(counters=lambda: SimpleNamespace(stall_ns=self.waited))
 
     def working_set(self, pages):
         self.asked.append(pages.tolist())
@@ -75,6 +77,7 @@ def scheduler(monkeypatch):
     made = SimpleNamespace(
         server_args=args,
         page_size=PAGE,
+        forward_ct=0,
         ps=SimpleNamespace(tp_size=1),
         tp_cpu_group=None,
         req_to_token_pool=SimpleNamespace(req_to_token=table),
@@ -99,6 +102,7 @@ def update(scheduler, batch):
     running = admission.update_running_batch(original, scheduler, batch)
     plan = SimpleNamespace(batch_to_run=running, running_batch=running)
     admission.run_part(plan, scheduler)
+    scheduler.forward_ct += 1
     return plan
 
 
@@ -223,3 +227,14 @@ def test_sglangs_books_take_a_part_for_the_batch_it_comes_from(scheduler):
     scheduler.last_batch = SimpleNamespace(is_part=True)
     assert decode_part.is_part(scheduler.last_batch)
     assert last() == "running"
+
+
+@pytest.mark.parametrize("prefills, waits, stretched", [(0, 0, True), (0, 9, False), (1, 0, False)])
+def test_more_decode_together_while_loads_are_hidden(scheduler, prefills, waits, stretched):
+    """Time in which prefill ran says nothing about decode; ``waits`` are seconds a step."""
+    batch = Batch(requests(40, 40, 40))
+    for _ in range(4 * admission.MEASURE_EVERY):
+        update(scheduler, batch)
+        scheduler.forward_ct += prefills
+        scheduler.tier.waited += int(waits * 1e9) * torch.get_num_threads()
+    assert (admission.admission_stats()["stretch"] > 1) is stretched

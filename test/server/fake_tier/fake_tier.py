@@ -4,6 +4,7 @@
 """
 
 import os
+import time
 from types import SimpleNamespace
 
 
@@ -13,6 +14,10 @@ class FakeTier:
     def __init__(self, frames, share, layers):
         self.sizes = SimpleNamespace(num_frames=frames, num_layers=layers)
         self.share = share
+        # Decode waits all the time: loads are never hidden.
+        self.tier = SimpleNamespace(
+            counters=lambda: SimpleNamespace(stall_ns=time.perf_counter_ns())
+        )
 
     def working_set(self, pages):
         return int(len(pages) * self.sizes.num_layers * self.share)
