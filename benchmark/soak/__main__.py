@@ -43,6 +43,9 @@ _IDLE_SECONDS = 30.0
 CHECKS = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+    # And every so many steps, whether there is room or not.
+    "SGLANG_TEST_RETRACT": "1",
+    "SGLANG_TEST_RETRACT_INTERVAL": "50",
 }
 
 
@@ -84,7 +87,7 @@ def tiered(model: Model, host: str, folder: Path) -> dict[str, Any]:
         "psa-device-pool-bytes": int(ARENA * host_bytes),
         "psa-host-pool-bytes": host_bytes,
         "max-running-requests": 2 * CLIENTS,
-        # Promises little room to answers, so that requests are retracted.
+        # Promises little room to answers, so that some are retracted for lack of it.
         "schedule-conservativeness": 0.05,
     }
     return made | ({"psa-host-path": folder} if host == "file" else {})
