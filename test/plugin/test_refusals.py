@@ -34,7 +34,6 @@ ARGS = dict(
     prefill_attention_backend=None,
     decode_attention_backend=None,
     page_size=16,
-    device=None,
     speculative_algorithm=None,
     kv_cache_dtype="auto",
     disaggregation_mode="null",
