@@ -16,7 +16,7 @@ from sgl_psa.memory.placements import Placement
 #: grows with more of them (SparseServe, arXiv 2509.24626).
 WORKING_SET_STEPS = 12
 #: Fewest victims that are named; steps in which more were needed raise their number.
-_LEAST_VICTIMS = 64
+_LEAST_VICTIMS = 256
 _MOST_SAMPLES = 256
 _FIRST_INTERVAL = 4
 
@@ -60,8 +60,9 @@ class Residency:
         self._filled = filled
         if step % self._interval == 0:
             self._sample(step)
-        # Twice what any of the last steps needed; a layer may find them all its own.
-        count = min(max(2 * max(self._recent), _LEAST_VICTIMS), self.tier.shape.num_frames)
+        # Several times what any of the last steps needed: those that the step itself attends do not
+        # leave, and a layer may find most of them its own.
+        count = min(max(4 * max(self._recent), _LEAST_VICTIMS), self.tier.shape.num_frames)
         if self._room() >= count:
             if self._named:
                 self.tier.set_victims(torch.empty(1, 0, dtype=torch.int32))

@@ -115,7 +115,7 @@ def test_rules_mix_whatever_the_arena(fraction: float, pipeline: bool, host: str
     assert tier.check() == []
     if not pipeline:
         assert counters.bytes_in_vain == 0
-    if fraction >= 0.5:
+    if fraction >= 0.5 and host == "memory":  # saves to a file hold frames for a while
         assert counters.loads <= batch.num_pages  # those that the prefill left without frame
     tier.close()
 

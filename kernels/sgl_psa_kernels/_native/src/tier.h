@@ -26,6 +26,7 @@ struct Frame {
   enum State : uint8_t { FREE, QUEUED, COPYING, READY };
   State state = FREE;
   bool fresh = false;   // loaded, and no head has attended it yet
+  uint32_t call = 0;    // decode call that loaded it
   bool saving = false;  // on the queue of saves
   int pins = 0;
   int waiting = 0;      // threads to wake when it is ready
@@ -82,6 +83,7 @@ class Tier {
   // is none to be had without harm.
   int take(int layer, bool ahead = false);
   bool takeable(int frame, int layer) const;
+  bool expected(int frame) const;
   void evict(int frame);
   void forget(Lock& lock, int64_t record);
   void settle(Lock& lock, int64_t record);
@@ -127,6 +129,7 @@ class Tier {
   std::vector<int64_t> cursors_;  // per row of order_
   int64_t order_width_ = 0;
   uint32_t epoch_ = 1;
+  uint32_t call_ = 0;  // of decode; what it loaded ahead stays until it ends
   bool all_attended_ = false;  // since epoch_ began no frame was found that is not
   int hand_ = 0;
   int64_t came_ = 0;

@@ -70,6 +70,7 @@ void Tier::start_load(int64_t record, int frame, bool ahead) {
   Frame& f = frames_[frame];
   f.state = Frame::QUEUED;
   f.fresh = true;
+  f.call = call_;
   f.ticket = ++ticket_;
   a_.busy[frame] = 1;
   ahead_frames_++;  // until it is pinned

@@ -14,6 +14,7 @@ DecodeCrew::DecodeCrew(Tier& tier, int layer, int step, int threads, int tasks, 
     : tier_(tier), layer_(layer), step_(step), tasks_(tasks), run_(run), context_(context) {
   tier_.budget_ = std::min<int64_t>(tier_.a_.num_frames, tier_.quota_);
   tier_.all_attended_ = false;
+  tier_.call_++;
   auto& fibers = tier_.fibers_->threads;
   if (fibers.size() < (size_t)threads) fibers.resize(threads);
 }

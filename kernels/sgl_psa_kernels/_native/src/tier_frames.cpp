@@ -95,6 +95,11 @@ bool Tier::takeable(int frame, int layer) const {
   return held_[layer] < quota_ || layer_of(a_.owner[frame]) == layer;
 }
 
+// Loaded by the decode call that is under way, for a head that may yet attend it.
+bool Tier::expected(int frame) const {
+  return frames_[frame].fresh && frames_[frame].call == call_;
+}
+
 void Tier::evict(int frame) {
   count_[EVICTIONS]++;
   leave(frame);
@@ -106,7 +111,7 @@ int Tier::take(int layer, bool ahead) {
   for (int64_t& i = cursors_[row]; i < order_width_;) {
     const int frame = order_[row * order_width_ + i++];
     if (frame < 0 || !takeable(frame, layer) || dirty(frame)) continue;
-    if (frames_[frame].epoch == epoch_ || frames_[frame].fresh) continue;
+    if (frames_[frame].epoch == epoch_ || expected(frame)) continue;
     evict(frame);
     return frame;
   }
@@ -117,7 +122,7 @@ int Tier::take(int layer, bool ahead) {
       hand_ = hand_ + 1 == a_.num_frames ? 0 : hand_ + 1;
       if (!takeable(frame, layer)) continue;
       if (pass < 1 && frames_[frame].epoch == epoch_) continue;
-      if (pass < 2 && frames_[frame].fresh) continue;
+      if (pass < 2 && expected(frame)) continue;
       if (dirty(frame)) {
         if (pass < 3) continue;
         if (!io_.in_memory()) {
