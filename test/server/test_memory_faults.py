@@ -59,14 +59,6 @@ def tiered(start: Any) -> Iterator[Server]:
         yield process
 
 
-@pytest.fixture(scope="module")
-def again(start: Any, tiered: Server) -> Iterator[Server]:
-    """Started on the same folder after ``tiered`` was killed."""
-    assert not tiered.family(), "the first server still runs"
-    with running(start("again")) as process:
-        yield process
-
-
 @contextmanager
 def file_limit(size: int) -> Iterator[None]:
     """What is started here cannot make files of more than ``size`` bytes, as on a full disk."""
@@ -119,9 +111,15 @@ def test_a_full_host_tier(tiered: Server, uncached: Engine, prompts: Prompts) ->
     assert tiered.get("/psa/memory/check").json() == {"problems": []}
 
 
-def test_kill_of_the_scheduler(
-    tiered: Server, uncached: Engine, prompts: Prompts, folder: Path
+def test_faults_that_end_a_server(
+    start: Any, tiered: Server, uncached: Engine, prompts: Prompts, folder: Path
 ) -> None:
+    kill_the_scheduler(tiered, uncached, prompts, folder)
+    with running(start("again")) as again:
+        cut_the_file_short(again, uncached, prompts, folder)
+
+
+def kill_the_scheduler(tiered: Server, uncached: Engine, prompts: Prompts, folder: Path) -> None:
     """The answer under way breaks off, the server ends, and no file is left."""
     asked = prompts.recall(LENGTH, seed=8200).ids
     events = tiered.stream(asked, max_new_tokens=1000, ignore_eos=True, custom_params=CAREFUL)
@@ -139,9 +137,7 @@ def test_kill_of_the_scheduler(
     assert list(folder.iterdir()) == []
 
 
-def test_a_file_that_is_cut_short(
-    again: Server, uncached: Engine, prompts: Prompts, folder: Path
-) -> None:
+def cut_the_file_short(again: Server, uncached: Engine, prompts: Prompts, folder: Path) -> None:
     """Restarted on the same folder, it answers; when its file loses its end, it stops with the
     reason instead of answering."""
     asked = [prompts.recall(LENGTH, seed=8300 + 10 * n).ids for n in range(2)]
