@@ -10,11 +10,6 @@ PAGE_SIZE = 16
 #: Share of memory for weights and KV on a machine whose RAM the server shares with others.
 CPU_MEM_FRACTION = 0.7
 OMP_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
-#: Turns that a thread of libgomp polls for the others before it sleeps. Ours are about 0.1 ms, the
-#: pause between two layers; libgomp's outlast a time slice, so that a parallel region takes
-#: milliseconds where another process has one of the cores.
-SPIN = "GOMP_SPINCOUNT"
-_SPINS = "2000"
 
 
 def apply_psa_defaults(server_args: Any) -> None:
@@ -33,8 +28,6 @@ def apply_psa_defaults(server_args: Any) -> None:
     if on_psa_cpu_platform():
         # An idle scheduler otherwise polls, and takes a core from whoever computes.
         server_args.sleep_on_idle = True
-        if not {SPIN, "OMP_WAIT_POLICY"} & os.environ.keys():
-            os.environ[SPIN] = _SPINS  # read by the processes that the server starts
 
 
 def apply_cpu_defaults(server_args: Any) -> None:

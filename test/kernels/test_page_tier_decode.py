@@ -107,6 +107,8 @@ BIG = Case(torch.bfloat16, 64, 16, 2, 4, (2100, 0, 1500, 16, 901, 700, 1037, 33)
 def test_rules_mix_whatever_the_arena(fraction: float, pipeline: bool, host: str) -> None:
     batch = make_batch(BIG)
     tier = tier_of(batch, fraction, host, pipeline)
+    if fraction >= 0.5:
+        tier.drain()  # a page that is being saved keeps its frame, so that others have to go
     first = torch.tensor([[40, 7], [0, 0], [500, 1], [3, 3], [9, 30], [0, 2], [1, 1], [2, 2]])
     for step, (group, predicted) in enumerate(((3, False), (1, True), (40, False)), 1):
         extra = {"first_pages": first.int()} if predicted else {}
@@ -115,7 +117,7 @@ def test_rules_mix_whatever_the_arena(fraction: float, pipeline: bool, host: str
     assert tier.check() == []
     if not pipeline:
         assert counters.bytes_in_vain == 0
-    if fraction >= 0.5 and host == "memory":  # saves to a file hold frames for a while
+    if fraction >= 0.5:
         assert counters.loads <= batch.num_pages  # those that the prefill left without frame
     tier.close()
 

@@ -127,10 +127,9 @@ def resident(loaded) -> list:
 
 
 @pytest.mark.skipif(not AVAILABLE, reason=f"C++ kernels cannot be built: {REASON}")
-@pytest.mark.parametrize(
-    ("fraction", "placement", "pipeline"),
-    [*((0.1, name, True) for name in PLACEMENTS), (0.25, "demand", False)],
-)
+@pytest.mark.parametrize("pipeline", [True, False])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("fraction", [0.25, 0.1])
 def test_an_arena_of_any_size_answers_as_the_whole_pool(
     loaded, resident, fraction: float, placement: str, pipeline: bool
 ) -> None:

@@ -58,29 +58,6 @@ def test_what_is_given_stays(on_cpu):
     assert (args.attention_backend, args.mem_fraction_static) == ("psa", 0.3)
 
 
-@pytest.mark.parametrize(
-    "given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}], ids=str
-)
-def test_threads_poll_for_a_moment_only_unless_the_user_says_how_long(on_cpu, monkeypatch, given):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(name, "")  # so that it is restored
-        monkeypatch.delenv(name)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    server = SimpleNamespace(
-        page_size=None,
-        cuda_graph_config=None,
-        cuda_graph_backend_decode=None,
-        cuda_graph_backend_prefill=None,
-        prefill_attention_backend=None,
-        attention_backend="psa",
-    )
-    defaults.apply_psa_defaults(server)
-    assert server.page_size == defaults.PAGE_SIZE and server.sleep_on_idle
-    found = os.environ.get("GOMP_SPINCOUNT")
-    assert found == (given.get("GOMP_SPINCOUNT") if given else "2000")
-
-
 def test_other_platforms_are_untouched(monkeypatch):
     monkeypatch.setattr(defaults, "on_psa_cpu_platform", lambda: False)
     args = arguments()

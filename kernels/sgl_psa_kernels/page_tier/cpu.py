@@ -11,6 +11,7 @@ from sgl_psa_kernels._native.loader import load
 from sgl_psa_kernels.page_tier.host_store import HostStore, failure
 from sgl_psa_kernels.page_tier.shape import TierCounters, TierShape
 from sgl_psa_kernels.page_tier.tier import OP, PageTier
+from sgl_psa_kernels.progressive_decode.arguments import DecodeArguments
 from sgl_psa_kernels.progressive_decode.modes import NUM_STATS
 
 _PROBLEMS = {
@@ -126,30 +127,18 @@ class NativeTier(PageTier):
         self._call(function, args)
 
     def _decode(
-        self,
-        layer: int,
-        step: int,
-        q: torch.Tensor,
-        page_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        log_mass: torch.Tensor | None,
-        mode: torch.Tensor,
-        threshold: torch.Tensor,
-        kappa_floor: torch.Tensor,
-        kappa_std: torch.Tensor,
-        *,
-        sm_scale: float,
-        sink_pages: int,
-        recent_pages: int,
-        group_pages: int,
-        first_pages: torch.Tensor | None,
-        attended: torch.Tensor | None,
-        kappa_start: torch.Tensor | None,
-        residuals: torch.Tensor | None,
-        stats: torch.Tensor | None,
+        self, layer: int, step: int, arguments: DecodeArguments, stats: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        batch = (page_table, seq_lens, mode, threshold, kappa_floor, kappa_std)
-        optional = (log_mass, first_pages, attended, kappa_start, residuals)
+        given, q = arguments, arguments.q
+        rule = (given.mode, given.threshold, given.kappa_floor, given.kappa_std)
+        batch = (given.page_table, given.seq_lens, *rule)
+        optional = (
+            given.log_mass,
+            given.first_pages,
+            given.attended,
+            given.kappa_start,
+            given.residuals,
+        )
         require_cpu(OP, q, *batch, *optional, stats)
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:2])
@@ -161,9 +150,9 @@ class NativeTier(PageTier):
         head = decode.rows
         head.q = q.data_ptr()
         head.q_row_stride, head.q_head_stride, _ = q.stride()
-        head.sm_scale, head.num_threads = sm_scale, torch.get_num_threads()
-        decode.sink_pages, decode.recent_pages = sink_pages, recent_pages
-        decode.group_pages = group_pages
+        head.sm_scale, head.num_threads = given.sm_scale, torch.get_num_threads()
+        decode.sink_pages, decode.recent_pages = given.sink_pages, given.recent_pages
+        decode.group_pages = given.group_pages
         decode.out, decode.lse, decode.stats = out.data_ptr(), lse.data_ptr(), stats.data_ptr()
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in optional]
         decode.log_mass, decode.first_pages, decode.attended = pointers[:3]

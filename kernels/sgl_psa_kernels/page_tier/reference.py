@@ -6,6 +6,7 @@ from sgl_psa_kernels import checks
 from sgl_psa_kernels.page_tier.host_store import HostStore, HostStoreError
 from sgl_psa_kernels.page_tier.shape import TierCounters, TierShape
 from sgl_psa_kernels.page_tier.tier import OP, PageTier
+from sgl_psa_kernels.progressive_decode.arguments import DecodeArguments
 from sgl_psa_kernels.progressive_decode.reference import progressive_decode
 
 
@@ -182,25 +183,9 @@ class ReferenceTier(PageTier):
             )
 
     def _decode(
-        self,
-        layer: int,
-        step: int,
-        q: torch.Tensor,
-        page_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        log_mass: torch.Tensor | None,
-        *rule: torch.Tensor,
-        attended: torch.Tensor | None,
-        stats: torch.Tensor | None,
-        sm_scale: float,
-        sink_pages: int,
-        recent_pages: int,
-        group_pages: int,
-        first_pages: torch.Tensor | None,
-        kappa_start: torch.Tensor | None,
-        residuals: torch.Tensor | None,
+        self, layer: int, step: int, arguments: DecodeArguments, stats: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        shape = self.shape
+        shape, page_table, seq_lens = self.shape, arguments.page_table, arguments.seq_lens
         slots = (shape.num_pages * shape.page_size, shape.num_kv_heads, shape.head_dim)
         cache = torch.full((2, *slots), float("nan"), dtype=shape.dtype)
         in_use = {
@@ -215,30 +200,15 @@ class ReferenceTier(PageTier):
             if filled:
                 record = self._record(layer, page)[:, :, :filled]
                 cache[:, first : first + filled] = record.movedim(1, 2)
+        attended = arguments.attended
         if attended is None:
-            size = (len(q), shape.num_kv_heads, page_table.shape[1])
+            size = (len(page_table), shape.num_kv_heads, page_table.shape[1])
             attended = torch.empty(size, dtype=torch.uint8)
-        mode, threshold, kappa_floor, kappa_std = rule
         out, lse, columns = progressive_decode(
-            q,
-            cache[0],
-            cache[1],
-            page_table,
-            seq_lens,
-            log_mass,
-            mode,
-            threshold,
-            kappa_floor,
-            kappa_std,
+            k_cache=cache[0],
+            v_cache=cache[1],
             page_size=shape.page_size,
-            sm_scale=sm_scale,
-            sink_pages=sink_pages,
-            recent_pages=recent_pages,
-            group_pages=group_pages,
-            first_pages=first_pages,
-            attended=attended,
-            kappa_start=kappa_start,
-            residuals=residuals,
+            **arguments._replace(attended=attended)._asdict(),
         )
         for row, _, place in torch.nonzero(attended).tolist():
             page = int(page_table[row, place])

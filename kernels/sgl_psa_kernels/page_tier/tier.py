@@ -7,6 +7,8 @@ import torch
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.page_tier.host_store import HostStore, lazy_bytes
 from sgl_psa_kernels.page_tier.shape import TierCounters, TierShape, TierTables
+from sgl_psa_kernels.progressive_decode.arguments import DecodeArguments
+from sgl_psa_kernels.progressive_decode.modes import NUM_STATS
 
 OP = "page_tier"
 
@@ -144,39 +146,7 @@ class PageTier(ABC):
         self._layer(layer)
         shape = self.shape
         checks.require(1 <= step < 2**31, f"{OP}: step must be 1..2^31-1, got {step}")
-        checks.check_queries(OP, q, shape.num_kv_heads, shape.head_dim)
-        checks.require(
-            q.dtype == shape.dtype, f"{OP}: q is {q.dtype}, the pages {shape.dtype}; convert q"
-        )
-        batch = q.shape[0]
-        checks.check_rows(OP, page_table, seq_lens, batch)
-        checks.check_tensor(OP, "mode", mode, torch.int32, (batch,))
-        for name, column in (
-            ("threshold", threshold),
-            ("kappa_floor", kappa_floor),
-            ("kappa_std", kappa_std),
-        ):
-            checks.check_tensor(OP, name, column, torch.float32, (batch,))
-        pairs = (batch, shape.num_kv_heads)
-        heads, width = q.shape[:2], page_table.shape[1]
-        for name, tensor, dtype, size in (
-            ("log_mass", log_mass, torch.float32, (*heads, width)),
-            ("first_pages", first_pages, torch.int32, pairs),
-            ("attended", attended, torch.uint8, (*pairs, width)),
-            ("kappa_start", kappa_start, torch.float32, heads),
-            ("residuals", residuals, torch.float32, (*heads, 3)),
-            ("stats", stats, torch.float32, (*pairs, 6)),
-        ):
-            if tensor is not None:
-                checks.check_tensor(OP, name, tensor, dtype, size)
-        checks.require(
-            sink_pages >= 0 and recent_pages >= 0 and group_pages >= 1,
-            f"{OP}: sink_pages and recent_pages must be >= 0 and group_pages >= 1, got "
-            f"{sink_pages}, {recent_pages} and {group_pages}",
-        )
-        return self._decode(
-            layer,
-            step,
+        arguments = DecodeArguments(
             q,
             page_table,
             seq_lens,
@@ -185,16 +155,20 @@ class PageTier(ABC):
             threshold,
             kappa_floor,
             kappa_std,
-            sm_scale=sm_scale,
-            sink_pages=sink_pages,
-            recent_pages=recent_pages,
-            group_pages=group_pages,
-            first_pages=first_pages,
-            attended=attended,
-            kappa_start=kappa_start,
-            residuals=residuals,
-            stats=stats,
+            sm_scale,
+            sink_pages,
+            recent_pages,
+            group_pages,
+            first_pages,
+            attended,
+            kappa_start,
+            residuals,
         )
+        arguments.check(OP, shape.dtype, shape.num_kv_heads, shape.head_dim)
+        if stats is not None:
+            want = (len(q), shape.num_kv_heads, NUM_STATS)
+            checks.check_tensor(OP, "stats", stats, torch.float32, want)
+        return self._decode(layer, step, arguments, stats)
 
     def release(self, pages: torch.Tensor) -> None:
         """Logical pages are free: every layer forgets them, and their frames are free.
@@ -279,27 +253,7 @@ class PageTier(ABC):
 
     @abstractmethod
     def _decode(
-        self,
-        layer: int,
-        step: int,
-        q: torch.Tensor,
-        page_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        log_mass: torch.Tensor | None,
-        mode: torch.Tensor,
-        threshold: torch.Tensor,
-        kappa_floor: torch.Tensor,
-        kappa_std: torch.Tensor,
-        *,
-        sm_scale: float,
-        sink_pages: int,
-        recent_pages: int,
-        group_pages: int,
-        first_pages: torch.Tensor | None,
-        attended: torch.Tensor | None,
-        kappa_start: torch.Tensor | None,
-        residuals: torch.Tensor | None,
-        stats: torch.Tensor | None,
+        self, layer: int, step: int, arguments: DecodeArguments, stats: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
     @abstractmethod

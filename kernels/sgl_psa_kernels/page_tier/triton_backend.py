@@ -23,6 +23,7 @@ from sgl_psa_kernels.page_tier.triton_state import DeviceState
 from sgl_psa_kernels.page_tier.triton_streams import Inline, Streams
 from sgl_psa_kernels.page_tier.triton_traffic import Traffic
 from sgl_psa_kernels.progressive_decode import triton_backend
+from sgl_psa_kernels.progressive_decode.arguments import DecodeArguments
 from sgl_psa_kernels.triton_support import interpreted, kernels, power_of_two
 
 #: Pages of a program that looks at what was attended.
@@ -111,23 +112,7 @@ class TritonTier(PageTier):
             )  # fmt: skip
 
     def _decode(
-        self,
-        layer: int,
-        step: int,
-        q: torch.Tensor,
-        page_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        log_mass: torch.Tensor | None,
-        *rule: torch.Tensor,
-        attended: torch.Tensor | None,
-        stats: torch.Tensor | None,
-        sm_scale: float,
-        sink_pages: int,
-        recent_pages: int,
-        group_pages: int,
-        first_pages: torch.Tensor | None,
-        kappa_start: torch.Tensor | None,
-        residuals: torch.Tensor | None,
+        self, layer: int, step: int, arguments: DecodeArguments, stats: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         self.traffic.settle()
         if step != self._step:
@@ -139,16 +124,19 @@ class TritonTier(PageTier):
             self._step = step
             self.traffic.begin()
             self._require_open()
+        q, page_table, seq_lens = arguments.q, arguments.page_table, arguments.seq_lens
         batch, width = page_table.shape
         heads, size, _ = self.shape.page_shape
+        attended = arguments.attended
         if attended is None:
             attended = torch.empty(batch, heads, width, dtype=torch.uint8, device=q.device)
         out, lse, columns = triton_backend.progressive_decode(
-            q, self.k_frames, self.v_frames, page_table, seq_lens, log_mass, *rule,
-            page_size=size, sm_scale=sm_scale, sink_pages=sink_pages, recent_pages=recent_pages,
-            group_pages=group_pages, first_pages=first_pages, attended=attended,
-            kappa_start=kappa_start, residuals=residuals, place=self.places[layer],
-        )  # fmt: skip
+            k_cache=self.k_frames,
+            v_cache=self.v_frames,
+            page_size=size,
+            place=self.places[layer],
+            **arguments._replace(attended=attended)._asdict(),
+        )
         if batch * width:
             block = min(FOLD_PAGES, power_of_two(width, 16))
             with torch.cuda.device_of(q):

@@ -10,6 +10,7 @@ import torch
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
 from sgl_psa_kernels.progressive_decode import cpu, reference, torch_batched, triton_backend
+from sgl_psa_kernels.progressive_decode.arguments import DecodeArguments
 from sgl_psa_kernels.progressive_decode.modes import (
     CONSERVATIVE,
     COVERAGE,
@@ -108,38 +109,28 @@ def progressive_decode(
         k_cache.shape == v_cache.shape,
         f"{op}: k_cache {list(k_cache.shape)} and v_cache {list(v_cache.shape)} differ",
     )
-    checks.check_queries(op, q, k_cache.shape[1], k_cache.shape[2])
     checks.require(
-        q.dtype == k_cache.dtype == v_cache.dtype,
-        f"{op}: q is {q.dtype}, k_cache {k_cache.dtype}, v_cache {v_cache.dtype}; convert q",
+        k_cache.dtype == v_cache.dtype,
+        f"{op}: k_cache is {k_cache.dtype}, v_cache {v_cache.dtype}; make them alike",
     )
-    batch = q.shape[0]
-    checks.check_rows(op, page_table, seq_lens, batch)
-    checks.check_tensor(op, "mode", mode, torch.int32, (batch,))
-    for name, tensor in (
-        ("threshold", threshold),
-        ("kappa_floor", kappa_floor),
-        ("kappa_std", kappa_std),
-    ):
-        checks.check_tensor(op, name, tensor, torch.float32, (batch,))
-    if log_mass is not None:
-        shape = (batch, q.shape[1], page_table.shape[1])
-        checks.check_tensor(op, "log_mass", log_mass, torch.float32, shape)
-    checks.require(
-        sink_pages >= 0 and recent_pages >= 0,
-        f"{op}: sink_pages and recent_pages must be >= 0, got {sink_pages} and {recent_pages}",
-    )
-    if first_pages is not None:
-        checks.check_tensor(op, "first_pages", first_pages, torch.int32, (batch, k_cache.shape[1]))
-    if attended is not None:
-        shape = (batch, k_cache.shape[1], page_table.shape[1])
-        checks.check_tensor(op, "attended", attended, torch.uint8, shape)
-    heads = (batch, q.shape[1])
-    if kappa_start is not None:
-        checks.check_tensor(op, "kappa_start", kappa_start, torch.float32, heads)
-    if residuals is not None:
-        checks.check_tensor(op, "residuals", residuals, torch.float32, (*heads, 3))
-    checks.require(group_pages >= 1, f"{op}: group_pages must be >= 1, got {group_pages}")
+    DecodeArguments(
+        q,
+        page_table,
+        seq_lens,
+        log_mass,
+        mode,
+        threshold,
+        kappa_floor,
+        kappa_std,
+        sm_scale,
+        sink_pages,
+        recent_pages,
+        group_pages,
+        first_pages,
+        attended,
+        kappa_start,
+        residuals,
+    ).check(op, k_cache.dtype, k_cache.shape[1], k_cache.shape[2])
     return implementation(
         q,
         k_cache,
