@@ -127,18 +127,20 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     its place says, equal to the truth."""
     self = SimpleNamespace(pool=None, layer=0, chosen=lambda shape: torch.ones(shape))
 
-    def attend(q, k, v, table, lens, log_mass, *rule, attended, place, page_size, **_):
-        shape = self.pool.shape
+    def attend(
+        *, q, k_cache, v_cache, page_table, seq_lens, attended, place, page_size, **_: object
+    ):
+        k, v, shape = k_cache, v_cache, self.pool.shape
         attended.zero_()
         part = shape.record_bytes // 2
         assert (v.data_ptr() - k.data_ptr()) == part
-        for row, length in enumerate(lens.tolist()):
+        for row, length in enumerate(seq_lens.tolist()):
             count = -(-length // page_size)
             flags = self.chosen((shape.num_kv_heads, count))
             flags[:, -1:] = 1
             attended[row, :, :count] = flags
             for at in torch.nonzero(flags.any(0)).flatten().tolist():
-                page = int(table[row, at])
+                page = int(page_table[row, at])
                 address = k.data_ptr() + int(place[page]) * 16 * shape.dtype.itemsize
                 record = (ctypes.c_char * (2 * part)).from_address(address)
                 held = torch.frombuffer(record, dtype=shape.dtype).view(2, *shape.page_shape)
