@@ -99,9 +99,11 @@ class Tier {
   void save_now(int64_t record, int frame);
   void load_now(Lock& lock, int64_t record, int frame);
   bool load_one(Lock& lock);
+  void finish_loads(Lock& lock);
   void save_one(Lock& lock);
   void copier();
   void wake_copier();
+  bool worth_waking() const;
   void progress(bool wanted);
   void wait(Lock& lock);  // for any event
   void drain(Lock& lock);

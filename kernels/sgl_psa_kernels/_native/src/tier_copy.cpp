@@ -4,6 +4,10 @@
 
 namespace psa {
 
+namespace {
+constexpr int64_t WAKE_BYTES = 1 << 20;
+}
+
 void Tier::fail(const PsaTierError& error) {
   if (!failed_) failure_ = error;
   failed_ = true;
@@ -36,6 +40,13 @@ void Tier::wait(Lock& lock) {
 void Tier::progress(bool wanted) {
   events_++;
   if (sleepers_ && (wanted || event_waiters_)) changed_.notify_all();
+}
+
+// Waking a thread costs more than copying a few pages within memory, which decode threads do
+// themselves when they have nothing else to do.
+bool Tier::worth_waking() const {
+  const int64_t loads = (int64_t)(urgent_.size() + ahead_.size());
+  return !io_.in_memory() || loads * 2 * half_bytes_ >= WAKE_BYTES;
 }
 
 void Tier::wake_copier() {
@@ -75,7 +86,7 @@ void Tier::start_load(int64_t record, int frame, bool ahead) {
   a_.busy[frame] = 1;
   ahead_frames_++;  // until it is pinned
   (ahead ? ahead_ : urgent_).push_back({frame, f.ticket});
-  wake_copier();
+  if (worth_waking()) wake_copier();
 }
 
 void Tier::cancel_load(int frame) {
@@ -165,16 +176,18 @@ void Tier::save_one(Lock& lock) {
   progress(false);
 }
 
-void Tier::drain(Lock& lock) {
+// What is still to be loaded is, by the caller.
+void Tier::finish_loads(Lock& lock) {
   cancel_ahead();
+  while (!failed_ && load_one(lock)) {
+  }
+}
+
+void Tier::drain(Lock& lock) {
+  finish_loads(lock);
   for (;;) {
     require_whole();
-    const auto stale = [&](const Load& load) {
-      const Frame& f = frames_[load.frame];
-      return f.state != Frame::QUEUED || f.ticket != load.ticket;
-    };
-    while (!urgent_.empty() && stale(urgent_.front())) urgent_.pop_front();
-    if (urgent_.empty() && saves_.empty() && !copying_ && !saving_) return;
+    if (saves_.empty() && !copying_ && !saving_) return;
     wait(lock);
   }
 }

@@ -20,8 +20,8 @@ DecodeCrew::DecodeCrew(Tier& tier, int layer, int step, int threads, int tasks, 
 }
 
 DecodeCrew::~DecodeCrew() {
-  const Lock lock(tier_.mutex_);
-  tier_.cancel_ahead();
+  Lock lock(tier_.mutex_);
+  tier_.finish_loads(lock);  // a task that failed may have left some
 }
 
 void DecodeCrew::finish() const {
@@ -118,6 +118,8 @@ void DecodeCrew::done(DecodeFiber& fiber) {
 void DecodeCrew::expect(const PageBlock& pages) {
   Tier& t = tier_;
   const Lock lock(t.mutex_);
+  // Loads ahead are for a copy thread that works; nobody else gets to them in time.
+  if (t.io_.in_memory() && (t.idle_ || !t.thread_.joinable())) return;
   for (int i = 0; i < pages.count; i++) {
     const int64_t record = pages.record[i];
     if (t.a_.frame_of[record] >= 0) continue;
