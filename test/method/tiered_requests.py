@@ -17,7 +17,7 @@ from sgl_psa.wrapper import PSADecodeWrapper
 @dataclass(frozen=True)
 class Setup:
     """Sizes of a model's KV in float32, prompts in tokens, decode steps, and the kernels; those of
-    the scorer where they are others."""
+    the scorer where they are others; the device."""
 
     layers: int
     page: int
@@ -28,6 +28,7 @@ class Setup:
     steps: int
     backend: str
     scoring: str = ""
+    device: str = "cpu"
 
     @property
     def frame(self) -> int:
@@ -59,6 +60,7 @@ class Setup:
             head_dim=self.dim,
             dtype=torch.float32,
             backend=self.backend,
+            device=self.device,
         )
 
 
@@ -66,17 +68,16 @@ class Requests:
     """Those of a setup, at pages in random order; the same ones whatever they are kept in."""
 
     def __init__(self, setup: Setup, settings: PSAConfig, tier: TieredCache | None) -> None:
-        self.setup, page = setup, setup.page
-        shape = CacheShape(
-            setup.layers, setup.num_pages, page, setup.heads, setup.dim, torch.device("cpu")
-        )
+        self.setup, page, device = setup, setup.page, torch.device(setup.device)
+        shape = CacheShape(setup.layers, setup.num_pages, page, setup.heads, setup.dim, device)
         self.summaries = make_summaries(settings, shape, setup.scoring or setup.backend)
         self.tier = tier
         self.wrapper = PSADecodeWrapper(
             settings, self.summaries.scorer, backend=setup.backend, kv_element_bytes=4, tier=tier
         )
         self.rules = RuleTable(settings, len(setup.lengths), shape.device)
-        self.k = torch.zeros(setup.layers, setup.num_pages * page, setup.heads, setup.dim)
+        slots = setup.num_pages * page
+        self.k = torch.zeros(setup.layers, slots, setup.heads, setup.dim, device=device)
         self.v = torch.zeros_like(self.k)
         self.rng = torch.Generator().manual_seed(5)
         order = iter(1 + torch.randperm(setup.num_pages - 1, generator=self.rng))
@@ -86,14 +87,17 @@ class Requests:
             for start in range(0, length + setup.steps, page):
                 slots = next(order) * page + torch.arange(page)
                 self.req_to_token[row, start : start + page] = slots.int()
+        self.req_to_token = self.req_to_token.to(device)
 
     def pages(self, row: int, tokens: int) -> torch.Tensor:
         return self.req_to_token[row, : tokens : self.setup.page].long() // self.setup.page
 
+    def normal(self, *size: int) -> torch.Tensor:
+        return torch.randn(size, generator=self.rng).to(self.setup.device)
+
     def write(self, layer: int, slots: torch.Tensor) -> None:
         size = (len(slots), self.setup.heads, self.setup.dim)
-        k = 1.5 * torch.randn(size, generator=self.rng)
-        v = torch.randn(size, generator=self.rng)
+        k, v = 1.5 * self.normal(*size), self.normal(*size)
         self.k[layer][slots], self.v[layer][slots] = k, v
         self.summaries.on_write(layer, slots, self.k[layer], self.v[layer])
         if self.tier is not None:
@@ -105,13 +109,14 @@ class Requests:
                 self.write(layer, self.req_to_token[row, :length].long())
 
     def step(self, done: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        setup, rows = self.setup, torch.arange(len(self.setup.lengths))
-        lens = torch.tensor(setup.lengths) + done + 1
+        setup, device = self.setup, self.setup.device
+        rows = torch.arange(len(setup.lengths), device=device)
+        lens = torch.tensor(setup.lengths, device=device) + done + 1
         self.wrapper.plan(self.req_to_token, rows, lens, self.rules.rows(rows))
         results = []
         for layer in range(setup.layers):
             self.write(layer, self.req_to_token[rows, lens - 1].long())
-            q = torch.randn(len(rows), setup.heads * setup.group, setup.dim, generator=self.rng)
+            q = self.normal(len(rows), setup.heads * setup.group, setup.dim)
             caches = (None, None) if self.tier is not None else (self.k[layer], self.v[layer])
             results.append(self.wrapper.run(layer, q, *caches, 0.2))
         return results
