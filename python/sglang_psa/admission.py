@@ -43,18 +43,18 @@ class PagesOf:
             req_to_token: int32 [request slots, max context], KV slot of each token.
         """
         self._page_size = page_size
-        self._counts = {req.rid: -(-req.kv_committed_len // page_size) for req in reqs}
+        self._names = [req.rid for req in reqs]
         firsts = [
             req_to_token[req.req_pool_idx, : req.kv_committed_len : page_size] for req in reqs
         ]
+        self._counts = [len(slots) for slots in firsts]
         self._slots = LateCopy(torch.cat(firsts))
         self.late = self._slots.late
 
     def get(self) -> dict[str, torch.Tensor]:
         """Name of a request -> int64 [n] on the CPU."""
         pages = torch.div(self._slots.get(), self._page_size, rounding_mode="floor").long()
-        split = pages.split(list(self._counts.values()))
-        return dict(zip(self._counts, split, strict=True))
+        return dict(zip(self._names, pages.split(self._counts), strict=True))
 
 
 class SchedulerAdmission:
