@@ -1,8 +1,10 @@
 """What a KV pool of two tiers costs and gives: whole servers, all-resident against tiered.
 
     python -m benchmark.memory [--quick] [--only TRACES] [--systems NAMES] [--resume]
+    python -m benchmark.memory --device cuda --dtype bfloat16 --model FOLDER --quick --only decode
 
-Servers of the embedded model answer streamed requests over HTTP (``traces.py``, ``cases.py``):
+Servers of the embedded model, or of that in a folder, answer streamed requests over HTTP
+(``traces.py``, ``cases.py``):
 
 * ``equal``: concurrent requests that share prefixes in part, some of whose clients leave, while the
   tiered servers retract again and again. Arenas of 100, 50, 25 and 10 % of the KV.
@@ -16,6 +18,10 @@ Servers of the embedded model answer streamed requests over HTTP (``traces.py``,
 ``outputs_equal_resident``: every answer is token for token that of the all-resident server, as far
 as its client stayed. ``decode_tok_s`` counts while every request under way has its first token.
 Bytes are those of all rounds. Rows are written after every pass.
+
+On a GPU servers are up one after the other, all run Triton's kernels, and none has a host tier in a
+file. Products of other batches may round otherwise there, so answers may differ
+(``benchmark.gpu.check_tiers`` asks one at a time).
 """
 
 from __future__ import annotations
@@ -36,6 +42,7 @@ from benchmark.memory.report import markdown
 from benchmark.memory.rounds import CaseRun, Row
 from benchmark.memory.systems import PAGE_SIZE, Model, kv_bytes
 from benchmark.memory.traces import Trace, Writer
+from sgl_psa.evaluate.cli import EMBEDDED
 
 NAME = "bench_memory"
 
@@ -46,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", help="cases; default: all", **words)
     parser.add_argument("--systems", help="names, separated by ;", type=lambda t: t.split(";"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--model", type=Path, default=EMBEDDED, help="folder; default: embedded")
     parser.add_argument(
         "--dtype", default="float32", help="of model and KV; in bfloat16 the order of chunks shows"
     )
@@ -96,10 +104,11 @@ def _run(
     case: Case, options: argparse.Namespace, kept: list[Row], path: Path, missing: list[str]
 ) -> list[Row]:
     """``kept`` with the rows of ``case`` that it lacks."""
-    trace = case.trace(Writer(SEED))
+    trace = case.trace(Writer(SEED, options.model))
     passes = {one.name for one in trace.passes}
-    model = Model.embedded(options.dtype)
-    names = {system.name for group in case.groups for system in group}
+    model = Model.of(options.model, options.dtype)
+    kinds = {"memory"} if options.device == "cuda" else {"memory", "file"}
+    names = {system.name for group in case.groups for system in group if system.host in kinds}
     names &= set(options.systems or names)
     mine = [row for row in kept if is_of(row, trace, model, options)]
     have = {n for n in names if {r["trace"] for r in mine if r["system"] == n} == passes}

@@ -20,7 +20,7 @@ from benchmark.server_process import Server
 
 Row = dict[str, Any]
 #: Counters of ``memory`` in ``/psa/stats`` that rows have the growth of.
-COUNTERS = ("hits", "loads", "bytes_loaded", "bytes_saved", "bytes_in_vain", "evictions")
+COUNTERS = ("hits", "misses", "loads", "bytes_loaded", "bytes_saved", "bytes_in_vain", "evictions")
 #: Memory of a server's processes, without pools.
 _PROCESSES = 3_000_000_000
 _MEMORY_SHARE = 0.85
@@ -89,7 +89,10 @@ class CaseRun:
                         report()
 
     def _fitting(self, group: list[System]) -> Iterator[list[System]]:
-        """``group`` in parts that memory holds at once."""
+        """``group`` in parts that memory holds at once; a GPU holds one."""
+        if self.options.device == "cuda":
+            yield from ([system] for system in group)
+            return
         while group:
             room = psutil.virtual_memory().available * _MEMORY_SHARE
             count = 0
@@ -192,7 +195,7 @@ class CaseRun:
             "concurrency": asked.concurrency,
             **figures(samples),
             **(grown or dict.fromkeys(COUNTERS)),
-            "hit_rate": _hit_rate(grown, memory),
+            "hit_rate": _hit_rate(grown),
             "outputs_equal_resident": same,
             "kv_bytes": one.sizes.kv_bytes,
             "device_bytes": one.sizes.device_bytes,
@@ -208,11 +211,11 @@ class CaseRun:
         return row
 
 
-def _hit_rate(grown: dict[str, float] | None, memory: dict[str, Any] | None) -> float | None:
+def _hit_rate(grown: dict[str, float] | None) -> float | None:
     """Share of attended pages, of (row, KV head) pairs, that had a frame; ``None`` if none were."""
-    if grown is None or memory is None:
+    if grown is None:
         return None
-    attended = grown["hits"] + grown["loads"] - grown["bytes_in_vain"] // memory["frame_bytes"]
+    attended = grown["hits"] + grown["misses"]
     return grown["hits"] / attended if attended else None
 
 

@@ -88,18 +88,26 @@ class Model(NamedTuple):
     kv_heads: int
     head_dim: int
     dtype: str
+    context: int = CONTEXT_TOKENS
+
+    @classmethod
+    def of(cls, folder: Path, dtype: str) -> Model:
+        """That of a folder, by its ``config.json``."""
+        config = json.loads((folder / "config.json").read_text())
+        heads = config["num_attention_heads"]
+        return cls(
+            folder,
+            config["num_hidden_layers"],
+            config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or config["hidden_size"] // heads,
+            dtype,
+            min(config.get("max_position_embeddings", CONTEXT_TOKENS), CONTEXT_TOKENS),
+        )
 
     @classmethod
     def embedded(cls, dtype: str) -> Model:
         """The one that the package ships."""
-        config = json.loads((EMBEDDED / "config.json").read_text())
-        return cls(
-            EMBEDDED,
-            config["num_hidden_layers"],
-            config["num_key_value_heads"],
-            config["head_dim"],
-            dtype,
-        )
+        return cls.of(EMBEDDED, dtype)
 
     @property
     def page_bytes(self) -> int:
@@ -157,13 +165,16 @@ def flags(
         "device": device,
         "dtype": model.dtype,
         "page-size": PAGE_SIZE,
-        "context-length": CONTEXT_TOKENS,
+        "context-length": model.context,
         "chunked-prefill-size": CHUNK_TOKENS,
         "max-running-requests": clients,
         "mem-fraction-static": 0.5,
         "attention-backend": "psa",
         "psa-min-context": MIN_CONTEXT,
     }
+    if device == "cuda":
+        # The only kernels with tiers there; the all-resident server runs them too.
+        made |= {"psa-backend": "triton", "mem-fraction-static": 0.85}
     if system.arena is None:
         made["max-total-tokens"] = sized.tokens
     else:

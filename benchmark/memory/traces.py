@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from transformers import AutoTokenizer
@@ -69,10 +70,10 @@ def distinct_pages(prompts: Iterable[Sequence[int]], page_size: int) -> int:
 
 
 class Writer:
-    """Makes prompts; the same seed gives the same ones."""
+    """Makes prompts; the same seed and tokenizer give the same ones."""
 
-    def __init__(self, seed: int) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    def __init__(self, seed: int, model: Path = EMBEDDED) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(model)
         self.material = Material(tokenizer, RECALL)
         self.prompt = Prompt(tokenizer, chat=False)
         self.seed = seed

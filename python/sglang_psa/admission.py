@@ -4,6 +4,10 @@ SGLang's scheduler counts the host tier's tokens. Here the arena limits what it 
 decode step runs the requests that :class:`sgl_psa.memory.admission.Admission` chooses, and prefill
 admits no more than it allows. All else is SGLang's own, because its running batch stays whole: see
 :mod:`sglang_psa.decode_part`.
+
+On a CUDA device the overlap scheduler prepares a step while the one before runs. Which pages a
+request has is then asked for in one step and looked at in the next, when the copy has arrived; the
+tier's tables are on the host. So preparing a step waits for nothing that the device still does.
 """
 
 from __future__ import annotations
@@ -18,10 +22,39 @@ from sgl_psa.memory.admission import Admission, Running
 from sglang_psa import compat, state
 from sglang_psa.decode_part import is_part, prepare_part, take_part
 from sglang_psa.hooks import Hook, Kind
+from sglang_psa.late_copy import LateCopy
 from sglang_psa.server_args import psa_config, uses_psa
 
 #: Decode steps between two measurements of working sets.
 MEASURE_EVERY = 4
+
+
+class PagesOf:
+    """Logical pages of running requests.
+
+    Attributes:
+        late: whether they are on their way from a device.
+    """
+
+    def __init__(self, reqs: list[Any], req_to_token: torch.Tensor, page_size: int) -> None:
+        """
+        Args:
+            reqs: SGLang's.
+            req_to_token: int32 [request slots, max context], KV slot of each token.
+        """
+        self._page_size = page_size
+        self._names = [req.rid for req in reqs]
+        firsts = [
+            req_to_token[req.req_pool_idx, : req.kv_committed_len : page_size] for req in reqs
+        ]
+        self._counts = [len(slots) for slots in firsts]
+        self._slots = LateCopy(torch.cat(firsts))
+        self.late = self._slots.late
+
+    def get(self) -> dict[str, torch.Tensor]:
+        """Name of a request -> int64 [n] on the CPU."""
+        pages = torch.div(self._slots.get(), self._page_size, rounding_mode="floor").long()
+        return dict(zip(self._names, pages.split(self._counts), strict=True))
 
 
 class SchedulerAdmission:
@@ -58,6 +91,8 @@ class SchedulerAdmission:
         self._req_to_token: torch.Tensor = scheduler.req_to_token_pool.req_to_token
         self._group = scheduler.tp_cpu_group if scheduler.ps.tp_size > 1 else None
         self._held_pages: int | None = None
+        #: Pages that were asked for in the step before.
+        self._asked: PagesOf | None = None
         self._whole: Any = None
         self._part: Any = None
 
@@ -69,8 +104,13 @@ class SchedulerAdmission:
         """
         admission = self.admission
         self._watch()
+        asked, self._asked = self._asked, None
         if admission.step and admission.step % MEASURE_EVERY == 0:
-            self._measure(running.reqs)
+            asked = PagesOf(running.reqs, self._req_to_token, self.page_size)
+            if asked.late:
+                self._asked, asked = asked, None
+        if asked is not None:
+            self._measure(asked, {req.rid for req in running.reqs})
         requests = [self._describe(req) for req in running.reqs]
         rows = [i for i, decodes in enumerate(admission.decide(requests)) if decodes]
         if self._held_pages is not None and admission.admits(
@@ -110,22 +150,21 @@ class SchedulerAdmission:
         tokens = len(req.origin_input_ids) + len(req.output_ids)
         return Running(req.rid, -(-tokens // self.page_size), req.to_finish is not None)
 
-    def _measure(self, reqs: list[Any]) -> None:
+    def _measure(self, asked: PagesOf, running: set[str]) -> None:
         """Working sets of those that decoded, and the time that decode waited in 1/1000; every
-        tensor-parallel rank takes the largest, so that all decide alike."""
-        size = self.page_size
-        pages = [
-            torch.div(
-                self._req_to_token[req.req_pool_idx, : req.kv_committed_len : size],
-                size,
-                rounding_mode="floor",
-            ).long()
-            for req in reqs
-        ]
-        holders = torch.bincount(torch.cat(pages))
+        tensor-parallel rank takes the largest, so that all decide alike.
+
+        Args:
+            running: names of the requests that run now; the pages of others may have been released
+                since they were asked for.
+        """
+        pages = {rid: mine for rid, mine in asked.get().items() if rid in running}
+        if not pages:
+            return
+        holders = torch.bincount(torch.cat(list(pages.values())))
         several = torch.nonzero(holders > 1).flatten()
-        decoding = [i for i, req in enumerate(reqs) if self.admission.decoding(req.rid)]
-        found = [self._tier.working_set(pages[i][holders[pages[i]] == 1]) for i in decoding]
+        decoding = [rid for rid in pages if self.admission.decoding(rid)]
+        found = [self._tier.working_set(pages[rid][holders[pages[rid]] == 1]) for rid in decoding]
         found.append(self._tier.working_set(several) if len(several) else 0)
         found.append(1000 * self._waited // self._spent if self._spent else -1)
         self._spent = self._waited = 0
@@ -134,16 +173,14 @@ class SchedulerAdmission:
             torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX, self._group)
             found = counts.tolist()
         *own, shared, waited = found
-        self.admission.observe(
-            {reqs[i].rid: frames for i, frames in zip(decoding, own, strict=True)}, shared
-        )
+        self.admission.observe(dict(zip(decoding, own, strict=True)), shared)
         if waited >= 0:
             self.admission.pace(waited / 1000)
 
     def _watch(self) -> None:
         """Add the time since the last decode step was prepared, unless prefill came between."""
         passes, now = self._scheduler.forward_ct, time.perf_counter_ns()
-        waited = self._tier.tier.counters().stall_ns // torch.get_num_threads()
+        waited = self._tier.waited_ns()
         before, self._before = self._before, (passes, now, waited)
         if passes == before[0] + 1:
             self._spent += now - before[1]

@@ -16,6 +16,7 @@ from sgl_psa.rule_table import RuleTable
 from sgl_psa.static_plan import StaticPlanner
 from sgl_psa.stats import StepStats
 from sgl_psa.wrapper import PSADecodeWrapper
+from sglang_psa.late_copy import LateCopy
 
 
 class DecodeGraphs:
@@ -76,26 +77,18 @@ class LateTable(Sequence[tuple[float, ...]]):
         Args:
             table: [rows, columns] on any device.
         """
-        self._event: torch.cuda.Event | None = None
-        self._host = table
+        self._copy = LateCopy(table)
         self._rows: list[tuple[float, ...]] | None = None
-        if table.is_cuda:
-            self._host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
-            self._host.copy_(table, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
 
     @property
     def rows(self) -> list[tuple[float, ...]]:
         """All rows."""
         if self._rows is None:
-            if self._event is not None:
-                self._event.synchronize()
-            self._rows = [tuple(row) for row in self._host.tolist()]
+            self._rows = [tuple(row) for row in self._copy.get().tolist()]
         return self._rows
 
     def __len__(self) -> int:
-        return len(self._host)
+        return self._copy.shape[0]
 
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]

@@ -37,8 +37,11 @@ class Chunk(NamedTuple):
 class Prefill:
     """The chunks of the batch that is being prefilled, over a pool.
 
-    A pool of two tiers hands the prefix of one layer and request out block by block, so what is
-    needed at a time is one block's room, however long prompts are and wherever their pages lie.
+    On CPUs a pool of two tiers hands the prefix of one layer and request out block by block, so
+    what is needed at a time is one block's room, however long prompts are and wherever their pages
+    lie. On other devices attention takes a prefix whole: it is gathered into one buffer, made at
+    the start, with room for K and V of the longest request in one layer (2 * tokens * Hkv * D
+    elements).
     """
 
     def __init__(self, config: PSAConfig, pool: PSAKVPool, req_to_token: torch.Tensor) -> None:
@@ -51,6 +54,12 @@ class Prefill:
         self.backend = kernels(config)
         self._attention = choose(config, pool.device)
         self._chunks: list[Chunk] = []
+        self._attend: Callable[..., torch.Tensor] = self._from_buffers
+        if pool.tier is not None and self._attention is fused:
+            pool.tier.reserve(min(req_to_token.shape[1], pool.size))
+            self._attend = self._from_tier
+        elif pool.tier is not None:
+            self._attend = self._from_blocks
 
     def plan(self, forward_batch: Any) -> None:
         """Find the chunks of a batch and the pages of their prefixes."""
@@ -83,9 +92,7 @@ class Prefill:
         used = 0
         for chunk in self._chunks:
             rows = slice(chunk.start, chunk.stop)
-            new = (q[rows], k[rows], v[rows], sm_scale)
-            attend = self._from_tier if self.pool.tier is not None else self._from_buffers
-            out[rows] = attend(layer_id, chunk, *new)
+            out[rows] = self._attend(layer_id, chunk, q[rows], k[rows], v[rows], sm_scale)
             used = chunk.stop
         out[used:].zero_()
         return out
@@ -110,6 +117,21 @@ class Prefill:
         return self._attention(q, k_prefix, v_prefix, k, v, sm_scale)
 
     def _from_tier(
+        self,
+        layer_id: int,
+        chunk: Chunk,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sm_scale: float,
+    ) -> torch.Tensor:
+        assert self.pool.tier is not None
+        if chunk.pages is not None:
+            index = layer_id - self.pool.start_layer
+            k, v = self.pool.tier.prefix_and_rows(index, chunk.pages, chunk.prefix_len, k, v)
+        return self._attention(q, None, None, k, v, sm_scale)
+
+    def _from_blocks(
         self,
         layer_id: int,
         chunk: Chunk,

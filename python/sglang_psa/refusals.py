@@ -94,6 +94,22 @@ def _tiered(args: Any) -> bool:
     return bool(getattr(args, "psa_device_pool_bytes", None))
 
 
+def _device(args: Any) -> str:
+    """Kind of the device, empty while SGLang has not chosen it."""
+    return (args.device or "").split(":")[0]
+
+
+def _tiers_on_cuda(args: Any) -> bool:
+    return _tiered(args) and _device(args) == "cuda"
+
+
+def _tiers_without_kernels(args: Any) -> bool:
+    """Elsewhere than on CUDA; Triton's kernels may be right until the device is known."""
+    wrong = ("torch", "triton") if _device(args) else ("torch",)
+    asked = getattr(args, "psa_backend", None)
+    return _tiered(args) and (_device(args) not in ("", "cpu", "cuda") or asked in wrong)
+
+
 def _other_prefill(args: Any) -> bool:
     return (args.prefill_attention_backend or args.attention_backend) != "psa"
 
@@ -199,15 +215,21 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "two tiers and kernels",
-        lambda a: (
-            _tiered(a)
-            and (
-                (a.device or "cpu") != "cpu"
-                or getattr(a, "psa_backend", None) in ("torch", "triton")
-            )
-        ),
+        lambda a: not _tiers_on_cuda(a) and _tiers_without_kernels(a),
         "pages are brought from the host tier by the kernels for CPUs: use --device cpu and "
         f"--psa-backend cpu, {_ONE_TIER}",
+    ),
+    Refusal(
+        "two tiers and kernels on CUDA",
+        lambda a: _tiers_on_cuda(a) and getattr(a, "psa_backend", None) != "triton",
+        "on a GPU pages are brought from the host tier by Triton's kernels alone: use "
+        f"--psa-backend triton, {_ONE_TIER}",
+    ),
+    Refusal(
+        "two tiers and a host file on CUDA",
+        lambda a: _tiers_on_cuda(a) and bool(getattr(a, "psa_host_path", None)),
+        "a GPU reads the host tier where it lies, which must be memory: drop --psa-host-path, "
+        f"{_ONE_TIER}",
     ),
     Refusal(
         "two tiers and prefill",

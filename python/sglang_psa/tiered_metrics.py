@@ -19,6 +19,7 @@ COUNTERS: dict[str, tuple[str, float, str]] = {
     "evictions": ("evictions", 1, "Frames taken from a page."),
     "stall_seconds": ("stall_ms", 1e-3, "Core time of decode with nothing to do but to wait."),
     "pauses": ("pauses", 1, "Times that a decoding request had to wait for room."),
+    "misses": ("misses", 1, "Pages that decode attended and that had no frame."),
 }
 #: Series -> field, and what it shows.
 GAUGES: dict[str, tuple[str, str]] = {

@@ -44,6 +44,7 @@ class PSATieredKVPool(PSAKVPool):
             head_dim=self.head_dim,
             dtype=self.store_dtype,
             backend=self.kernel_backend,
+            device=self.device,
         )
         weakref.finalize(self, self.tier.close)
 
@@ -81,13 +82,14 @@ class PSATieredKVPool(PSAKVPool):
         self._get_key_buffer(self.start_layer)
 
     def get_cpu_copy(self, indices: torch.Tensor, mamba_indices: Any = None) -> Any:
-        """K and V [N, Hkv, D] of each layer.
+        """K and V [N, Hkv, D] of each layer, on the CPU.
 
         Args:
             indices: slots of a request's first N tokens.
         """
         pages = torch.div(indices[:: self.page_size].long(), self.page_size, rounding_mode="floor")
-        return [self.tier.read(layer, pages, len(indices)) for layer in range(self.layer_num)]
+        rows = (self.tier.read(layer, pages, len(indices)) for layer in range(self.layer_num))
+        return [(k.cpu(), v.cpu()) for k, v in rows]
 
     def load_cpu_copy(
         self, kv_cache_cpu: Any, indices: torch.Tensor, mamba_indices: Any = None
@@ -95,7 +97,7 @@ class PSATieredKVPool(PSAKVPool):
         """Restore what :meth:`get_cpu_copy` gave to the slots of a request's first N tokens."""
         self.summaries.invalidate_slots(indices)
         for layer, (k, v) in enumerate(kv_cache_cpu):
-            self._store_kv_layer(layer, indices.long(), k, v)
+            self._store_kv_layer(layer, indices.long(), k.to(self.device), v.to(self.device))
 
     def _clear_buffers(self) -> None:
         super()._clear_buffers()

@@ -37,8 +37,8 @@ def problems(pool: Any, scheduler: Any) -> list[str]:
     allocator = scheduler.token_to_kv_pool_allocator
     filled = pool.tier.tier.tables.filled
     held = torch.ones(filled.shape[1], dtype=torch.bool)
-    held[allocator.free_pages] = False
-    held[allocator.release_pages] = False
+    held[allocator.free_pages.cpu()] = False
+    held[allocator.release_pages.cpu()] = False
     held[0] = False  # Padding.
     free = ~held
     free[0] = False
@@ -70,7 +70,6 @@ def merge(parts: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
                 total[name] = None
             else:
                 total[name] = total[name] + value
-    vain = total["bytes_in_vain"] // total["frame_bytes"]
-    attended = total["hits"] + total["loads"] - vain
+    attended = total["hits"] + total["misses"]
     total["hit_rate"] = total["hits"] / attended if attended else 1.0
     return total

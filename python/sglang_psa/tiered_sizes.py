@@ -75,14 +75,20 @@ def check_tiers(config: PSAConfig, server_args: Any, model: Any) -> None:
         dtype=model.dtype,
     )
     ranks = server_args.tp_size * server_args.dp_size
-    in_memory = found.device_bytes + (0 if config.host_path else found.host_bytes)
-    there = psutil.virtual_memory().total
-    if ranks * in_memory > there:
+    memory, on_gpu = psutil.virtual_memory(), server_args.device == "cuda"
+    taken = 0 if config.host_path else found.host_bytes
+    # Pinned memory is taken at once, other memory as it fills; frames on a GPU are checked when it
+    # is known what the model leaves there (tiered_capacity.py).
+    there = memory.available if on_gpu else memory.total
+    taken += 0 if on_gpu else found.device_bytes
+    if ranks * taken > there:
+        pools = f"host_pool_bytes={config.host_pool_bytes}"
+        if not on_gpu:
+            pools = f"device_pool_bytes={config.device_pool_bytes} and {pools}"
         raise ConfigError(
-            f"device_pool_bytes={config.device_pool_bytes} and "
-            f"host_pool_bytes={config.host_pool_bytes} of {ranks} ranks take "
-            f"{ranks * in_memory} bytes of memory, the machine has {there}; set them lower"
-            + ("" if config.host_path else ", or set host_path to a folder on a disk")
+            f"{pools} of {ranks} ranks take {ranks * taken} bytes of memory, the machine has "
+            f"{there}{' free' if on_gpu else ''}; set {'it' if on_gpu else 'them'} lower"
+            + ("" if config.host_path or on_gpu else ", or set host_path to a folder on a disk")
         )
     if config.host_path:
         HostFile(config.host_path, 1).close()

@@ -53,4 +53,5 @@ def build(config: PSAConfig, shape: CacheShape, dtype: torch.dtype, backend: str
         head_dim=shape.head_dim,
         dtype=dtype,
         backend=backend,
+        device=shape.device,
     )

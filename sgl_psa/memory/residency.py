@@ -31,6 +31,9 @@ class Sample(NamedTuple):
 class Residency:
     """Runs a placement on a tier; ``begin_step`` once before the layers of a decode step.
 
+    Reads the tier's tables, which are on the CPU whatever device attends, and waits for nothing: of
+    a CUDA device they show a step that is over.
+
     Attributes:
         samples: of the whole run; every second one is dropped when they become too many.
         order_ns: time spent on ordering victims; ``orders`` how often.
@@ -96,8 +99,9 @@ class Residency:
 
     def working_set(self, pages: torch.Tensor) -> int:
         """Frames that logical pages (int64 [n]) need: those of the pages that the last 12 steps
-        attended, over all layers; at least the open page's, one a layer."""
-        stamp = self.tier.tables.stamp[:, pages]
+        attended, over all layers; at least the open page's, one a layer. Pages on a device are
+        waited for."""
+        stamp = self.tier.tables.stamp[:, pages.cpu()]
         return max(int(self._lately(stamp).sum()), self.tier.shape.num_layers)
 
     def working_set_by_layer(self) -> list[int]:

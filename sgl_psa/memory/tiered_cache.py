@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sgl_psa_kernels.page_tier import HostStore, PageTier, TierShape, make_tier
+from sgl_psa_kernels.page_tier import (
+    HostStore,
+    PageTier,
+    TierCounters,
+    TierShape,
+    TritonTier,
+    make_tier,
+)
 
 from sgl_psa.config import ConfigError, PSAConfig
 from sgl_psa.memory.host_file import HostFile
@@ -15,7 +23,10 @@ from sgl_psa.memory.residency import Residency
 from sgl_psa.memory.sizes import PoolSizes, pool_sizes
 
 #: Kernel backend -> the tier's.
-_BACKENDS = {"cpu": "cpu", "reference": "reference"}
+_BACKENDS = {"cpu": "cpu", "reference": "reference", "triton": "triton"}
+#: Bytes a nanosecond that kernels are taken to read over the link to the host: what PCIe 4.0 x16
+#: gives. Not measured on the machine; admission only weighs it against the time of a step.
+LINK_BYTES_PER_NS = 20
 
 
 class TieredCache:
@@ -58,16 +69,20 @@ class TieredCache:
         head_dim: int,
         dtype: torch.dtype,
         backend: str,
+        device: torch.device | str = "cpu",
     ) -> TieredCache:
         """The cache that ``config`` asks for.
 
         Args:
             num_kv_heads: of this tensor-parallel rank.
             backend: kernel backend, from :func:`sgl_psa.backends.resolve_backend`.
+            device: where frames lie, that of the kernels. On a CUDA device the host tier is memory
+                that is pinned as a whole.
 
         Raises:
             ConfigError: a tier cannot hold the least that one request needs, the host file cannot
-                be made, or the kernels have no tiers.
+                be made, or the kernels have no tiers, or none over a file.
+            HostStoreError: the host tier's memory cannot be pinned.
         """
         if backend not in _BACKENDS:
             raise ConfigError(
@@ -75,6 +90,12 @@ class TieredCache:
                 f"set backend to {' or '.join(_BACKENDS)}, or drop device_pool_bytes and "
                 "host_pool_bytes"
             )
+        if backend == "triton" and config.host_path:
+            raise ConfigError(
+                f"host_path={config.host_path!r}: Triton kernels read the host tier where it lies, "
+                "which must be memory; drop host_path"
+            )
+        device = torch.device(device)
         shape = TierShape(num_layers, 1, 1, page_size, num_kv_heads, head_dim, dtype)
         sizes = pool_sizes(
             config,
@@ -92,7 +113,9 @@ class TieredCache:
             host = HostStore.file(host_file.fd, shape.host_bytes)
         else:
             host = _memory(shape.host_bytes)
-        tier = make_tier(shape, host, backend=_BACKENDS[backend], pipeline=config.pipeline)
+        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with on_device:
+            tier = make_tier(shape, host, backend=_BACKENDS[backend], pipeline=config.pipeline)
         return cls(tier, placement, pipeline=config.pipeline, host_file=host_file)
 
     @property
@@ -143,13 +166,39 @@ class TieredCache:
     def read(
         self, layer: int, pages: torch.Tensor, tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V [tokens, Hkv, D] of the first ``tokens`` tokens of ``pages``, int64 [n]."""
-        shape = self.tier.shape
-        k = torch.empty(tokens, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype)
-        v = torch.empty_like(k)
+        """K and V [tokens, Hkv, D] of the first ``tokens`` tokens of ``pages``, int64 [n]; new
+        tensors on the frames' device."""
+        k, v = self._rows(tokens)
         if tokens:
             self.tier.gather(layer, pages, tokens, k, v)
         return k, v
+
+    def reserve(self, tokens: int) -> None:
+        """Have one buffer for K and V of so many tokens, through which prefixes are read."""
+        if self._staging is None or len(self._staging[0]) < tokens:
+            # The old one goes first: there is room for one.
+            self._staging = None
+            self._staging = self._rows(tokens)
+
+    def prefix_and_rows(
+        self, layer: int, pages: torch.Tensor, tokens: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a whole prefix with those of new tokens behind it, in the buffer of
+        :meth:`reserve`; gone with the next call.
+
+        Args:
+            pages: int64 [n], those of the prefix in order.
+            tokens: length of the prefix.
+            k, v: [N, Hkv, D], of the new tokens.
+
+        Returns:
+            k and v [tokens + N, Hkv, D], contiguous.
+        """
+        end = tokens + len(k)
+        k_all, v_all = self._staged(end)
+        self.tier.gather(layer, pages, tokens, k_all[:tokens], v_all[:tokens])
+        k_all[tokens:], v_all[tokens:] = k, v
+        return k_all, v_all
 
     def prefix_blocks(
         self, layer: int, pages: torch.Tensor, tokens: int, block_tokens: int
@@ -173,11 +222,7 @@ class TieredCache:
             raise ValueError(
                 f"prefix_blocks: {block_tokens} tokens are not whole pages of {shape.page_size}"
             )
-        if self._staging is None or len(self._staging[0]) < min(tokens, block_tokens):
-            size = (min(tokens, block_tokens), shape.num_kv_heads, shape.head_dim)
-            k_buffer = torch.empty(size, dtype=shape.dtype)
-            self._staging = (k_buffer, torch.empty_like(k_buffer))
-        k_buffer, v_buffer = self._staging
+        k_buffer, v_buffer = self._staged(min(tokens, block_tokens))
         for start in range(0, tokens, block_tokens):
             length = min(block_tokens, tokens - start)
             first = start // shape.page_size
@@ -185,6 +230,20 @@ class TieredCache:
             k, v = k_buffer[:length], v_buffer[:length]
             self.tier.gather(layer, pages[first:last], length, k, v)
             yield k, v
+
+    def _staged(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first rows of the buffer."""
+        self.reserve(tokens)
+        assert self._staging is not None
+        k, v = self._staging
+        return k[:tokens], v[:tokens]
+
+    def _rows(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for K and V of tokens."""
+        shape = self.tier.shape
+        size = (tokens, shape.num_kv_heads, shape.head_dim)
+        k = torch.empty(size, dtype=shape.dtype, device=self.tier.k_frames.device)
+        return k, torch.empty_like(k)
 
     def release(self, pages: torch.Tensor) -> None:
         """Forget logical pages, int64 [n], in all layers."""
@@ -198,16 +257,37 @@ class TieredCache:
         """Frames that logical pages (int64 [n]) need now: see ``Residency.working_set``."""
         return self.residency.working_set(pages)
 
+    def waited_ns(self) -> int:
+        """Nanoseconds of one core that decode has waited for pages since start. On a CUDA device,
+        where attention reads pages without frame over the link, the time that the link takes."""
+        counters = self.tier.counters()
+        if isinstance(self.tier, TritonTier):
+            return counters.bytes_read_through // LINK_BYTES_PER_NS
+        return counters.stall_ns // torch.get_num_threads()
+
+    def _misses(self, counters: TierCounters) -> int:
+        """Pages attended, by (row, KV head) pairs, that had no frame."""
+        if isinstance(self.tier, TritonTier):
+            # Each pair reads its own head.
+            return (
+                counters.bytes_read_through
+                * self.tier.shape.num_kv_heads
+                // self.tier.shape.record_bytes
+            )
+        return counters.loads - counters.bytes_in_vain // self.tier.shape.record_bytes
+
     def snapshot(self) -> dict[str, Any]:
         """The JSON of ``memory`` in ``GET /psa/stats``; totals are since start.
 
-        ``hit_rate`` is of pages attended by (row, KV head) pairs, 1 before the first; ``stall_ms``
-        core time in which decode only waited; ``history`` samples of the whole run.
+        ``hit_rate`` is of pages attended by (row, KV head) pairs, of which ``misses`` had no frame,
+        and 1 before the first; ``stall_ms`` core time in which decode only waited; ``history``
+        samples of the whole run.
         """
         sizes, counters, residency = self.sizes, self.tier.counters(), self.residency
         frames = residency.frames_by_layer().tolist()
         working = residency.working_set_by_layer()
-        attended = counters.hits + counters.loads - counters.bytes_in_vain // sizes.frame_bytes
+        misses = self._misses(counters)
+        attended = counters.hits + misses
         return {
             "placement": self.placement.name,
             "pipeline": self.pipeline,
@@ -223,6 +303,7 @@ class TieredCache:
             "working_set_frames": sum(working),
             "working_set_bytes": sum(working) * sizes.frame_bytes,
             "working_set_by_layer": working,
+            "misses": misses,
             "hit_rate": counters.hits / attended if attended else 1.0,
             "stall_ms": counters.stall_ns / 1e6,
             **{name: value for name, value in counters._asdict().items() if name != "stall_ns"},

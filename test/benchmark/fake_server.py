@@ -70,6 +70,7 @@ class Fake:
             "frame_bytes": FRAME,
             "num_frames": 8,
             "hits": 9 * self.steps,
+            "misses": self.steps,
             "loads": 2 * self.steps,
             "bytes_loaded": 2 * FRAME * self.steps,
             "bytes_saved": 0,

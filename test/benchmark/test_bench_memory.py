@@ -198,5 +198,33 @@ def test_flags_are_settings_of_the_server(tmp_path) -> None:
     model = Model.embedded("bfloat16")
     for system in [SAME_BYTES, *(system for group in VARIANTS for system in group)]:
         sized = sizes(system, model, 64000, 16)
-        names = flags(system, model, sized, 16, "cpu", tmp_path)[::2]
-        assert {name.removeprefix("--").replace("-", "_") for name in names} <= known, names
+        for device in ("cpu", "cuda"):
+            given = flags(system, model, sized, 16, device, tmp_path)
+            names = given[::2]
+            assert {name.removeprefix("--").replace("-", "_") for name in names} <= known, names
+            assert ("triton" in given) == (device == "cuda")
+
+
+def test_shapes_are_those_of_a_models_folder(tmp_path) -> None:
+    shape = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    assert Model.of(tmp_path, "float16") == (tmp_path, 3, 4, 16, "float16", 16384)
+    shape |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    model = Model.of(tmp_path, "float16")
+    assert model.page_bytes == 2 * 3 * 2 * 32 * PAGE_SIZE * 2 and model.context == 2048
+
+
+def test_a_gpu_has_one_server_at_a_time_and_no_host_file(fakes, tmp_path, monkeypatch) -> None:
+    up = []
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
+    inner = rounds.CaseRun._up
+
+    def counted(self, group):
+        up.append([system.name for system in group])
+        return inner(self, group)
+
+    monkeypatch.setattr(rounds.CaseRun, "_up", counted)
+    arguments = ["--device", "cuda", "--out", str(tmp_path)]
+    assert command.main([*arguments, "--systems", ";".join((RESIDENT.name, REFUSING.name))]) == 0
+    assert up == [[RESIDENT.name]]

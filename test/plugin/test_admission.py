@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang_psa import admission, compat, decode_part
+from sglang_psa.late_copy import LateCopy
 
 from sgl_psa.config import PSAConfig
 
@@ -18,7 +19,9 @@ class Tier:
         self.sizes = SimpleNamespace(num_frames=frames, num_layers=LAYERS)
         self.asked = []
         self.waited = 0
-        self.tier = SimpleNamespace(counters=lambda: SimpleNamespace(stall_ns=self.waited))
+
+    def waited_ns(self):
+        return self.waited
 
     def working_set(self, pages):
         self.asked.append(pages.tolist())
@@ -185,6 +188,42 @@ def test_working_sets_are_measured_and_shared_pages_once(scheduler):
     assert admission.admission_stats()["working_set_shared"] == 4 * LAYERS
 
 
+class Late(LateCopy):
+    """A copy from a device: it arrives when it is looked at."""
+
+    def __init__(self, tensor):
+        super().__init__(tensor)
+        self.late, self.looks = True, 0
+        COPIES.append(self)
+
+    def get(self):
+        self.looks += 1
+        return super().get()
+
+
+COPIES = []
+
+
+def test_working_sets_of_a_device_are_measured_a_step_late(scheduler, monkeypatch):
+    """What was asked for is looked at in the next step, and not of requests that are gone."""
+    monkeypatch.setattr(admission, "LateCopy", Late)
+    COPIES.clear()
+    batch = Batch(requests(9, 9, 9))
+    for _ in range(admission.MEASURE_EVERY + 1):
+        update(scheduler, batch)
+    assert [copy.looks for copy in COPIES] == [0] and scheduler.tier.asked == []
+    del batch.reqs[1]  # Its pages may be another's by now; those that it shared are nobody's else.
+    update(scheduler, batch)
+    assert [copy.looks for copy in COPIES] == [1]
+    assert scheduler.tier.asked == [list(range(0, 9)), [*range(100, 104), *range(204, 209)]]
+    for _ in range(admission.MEASURE_EVERY - 1):
+        update(scheduler, batch)
+    assert [copy.looks for copy in COPIES] == [1, 0]
+    update(scheduler, Batch([]))
+    update(scheduler, Batch([Request("new", 5, 3)]))
+    assert len(scheduler.tier.asked) == 2, "nobody of those that were asked about is left"
+
+
 def test_prefill_waits_for_the_arena_and_goes_on_when_there_is_room(scheduler):
     batch = Batch(requests(30, 30))
     update(scheduler, batch)
@@ -236,5 +275,5 @@ def test_more_decode_together_while_loads_are_hidden(scheduler, prefills, waits,
     for _ in range(4 * admission.MEASURE_EVERY):
         update(scheduler, batch)
         scheduler.forward_ct += prefills
-        scheduler.tier.waited += int(waits * 1e9) * torch.get_num_threads()
+        scheduler.tier.waited += int(waits * 1e9)
     assert (admission.admission_stats()["stretch"] > 1) is stretched

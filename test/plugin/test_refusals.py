@@ -62,6 +62,8 @@ HF = dict(architectures=["LlamaForCausalLM"])
 
 TIERED = {"psa:psa_device_pool_bytes": 1 << 20, "psa:psa_host_pool_bytes": 1 << 22}
 
+TIERED_CUDA = {**TIERED, "device": "cuda", "psa:psa_backend": "triton"}
+
 #: row name -> changes that must be refused; "env:X" sets a variable, "hf:X" the model's
 #: config, "psa:X" an argument of ours.
 CASES = {
@@ -95,17 +97,25 @@ CASES = {
             {"psa:psa_audit_rate": 0.01},
         )
     ],
-    "two tiers and graphs": [
-        {**TIERED, "cuda_graph_backend_decode": "full", "psa:psa_backend": "triton"}
-    ],
+    "two tiers and graphs": [{**TIERED_CUDA, "cuda_graph_backend_decode": "full"}],
     "two tiers and kernels": [
-        {**TIERED, "device": "cuda"},
+        {**TIERED, "device": "xpu"},
         {**TIERED, "psa:psa_backend": "torch"},
+        {**TIERED, "device": None, "psa:psa_backend": "torch"},
         {**TIERED, "device": "cpu", "psa:psa_backend": "triton"},
+    ],
+    "two tiers and kernels on CUDA": [
+        {**TIERED, "device": "cuda", "psa:psa_backend": backend}
+        for backend in ("auto", "torch", "cpu", "reference")
+    ],
+    "two tiers and a host file on CUDA": [
+        {**TIERED_CUDA, "psa:psa_host_path": "/folder"},
+        {**TIERED_CUDA, "device": "cuda:1", "psa:psa_host_path": "/folder"},
     ],
     "two tiers and prefill": [
         {**TIERED, "prefill_attention_backend": "triton", "decode_attention_backend": "psa"},
         {**TIERED, "attention_backend": None, "decode_attention_backend": "psa"},
+        {**TIERED_CUDA, "prefill_attention_backend": "fa3", "decode_attention_backend": "psa"},
     ],
     "HND layout": [{"env:SGLANG_USE_HND_KVCACHE": "1"}],
     "unified radix tree": [{"env:SGLANG_ENABLE_UNIFIED_RADIX_TREE": "true"}],
@@ -214,6 +224,10 @@ LEGAL = [
     {"env:SGLANG_USE_HND_KVCACHE": "0"},
     {**TIERED, "psa:psa_backend": "auto"},
     {**TIERED, "device": "cpu", "psa:psa_backend": "cpu"},
+    {**TIERED, "psa:psa_host_path": "/folder"},
+    {**TIERED_CUDA, "psa:psa_host_path": ""},
+    {**TIERED_CUDA, "device": None},
+    {**TIERED_CUDA, "device": "cuda:1", "page_size": 32},
     {"psa:psa_device_pool_bytes": 0, "device": "cuda"},
     {"device": "cuda", "enable_lora": True, "lora_paths": ["a=folder"]},
 ]

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang_psa import compat, pool_hooks, tiered_capacity, tiered_report
+from sglang_psa import compat, pool_hooks, prefill, tiered_capacity, tiered_report
 from sglang_psa.allocator import CpuPagedAllocator
 from sglang_psa.tiered_pool import NotResident
 from sglang_psa.tiered_sizes import check_tiers
 
 from sgl_psa.config import ConfigError, PSAConfig
 from test.plugin.engine_parts import (
+    CONTEXT,
     DIM,
     KV_HEADS,
     LAYERS,
@@ -85,6 +86,22 @@ def test_outputs_are_those_of_the_resident_pool(monkeypatch, tmp_path, backend, 
     assert pool.tier.check() == []
 
 
+def test_prefill_of_other_devices_reads_whole_prefixes_through_one_buffer(monkeypatch):
+    """As on a GPU, with the C++ tier: the same call of attention as over the resident pool."""
+    monkeypatch.setattr(prefill, "choose", lambda *_: prefill.fused)
+    results = []
+    for changes in ({}, tiers()):
+        driver = Driver(make_backend(monkeypatch, backend="cpu", min_context=0, **changes))
+        pool = driver.backend.pool
+        buffer = pool.tier and pool.tier._staging
+        steps = [("extend", {0: 90, 1: 24}), ("extend", {1: 100, 2: 3, 0: 40})]
+        results.append([pair for step in steps for pair in driver.step(*step)])
+    for (resident, exact), (tiered, _) in zip(*results, strict=True):
+        assert torch.equal(resident, tiered)
+        torch.testing.assert_close(tiered, exact, rtol=1e-4, atol=1e-5)
+    assert buffer is pool.tier._staging and [len(x) for x in buffer] == [CONTEXT, CONTEXT]
+
+
 def test_rows_are_summarised_as_the_resident_pools(pool):
     resident = make_pool(PSAConfig(backend=pool.kernel_backend))
     for target in (pool, resident):
@@ -155,7 +172,8 @@ def test_tiers_have_the_pages_of_the_pool_where_fewer_are_asked_for():
 
 def arguments(config, **changes):
     fields = {"attention_backend": "psa", "prefill_attention_backend": None, "page_size": PAGE}
-    fields |= {"decode_attention_backend": None, "tp_size": 1, "dp_size": 1, **changes}
+    fields |= {"decode_attention_backend": None, "tp_size": 1, "dp_size": 1, "device": "cpu"}
+    fields |= {"max_total_tokens": None, **changes}
     settings = {f"psa_{name}": value for name, value in config.as_dict().items()}
     return SimpleNamespace(**fields, **settings)
 
@@ -163,21 +181,31 @@ def arguments(config, **changes):
 MODEL = SimpleNamespace(
     head_dim=DIM,
     num_hidden_layers=LAYERS,
+    context_len=CONTEXT,
     dtype=torch.float32,
     get_num_kv_heads=lambda tp: KV_HEADS // tp,
 )
 
 
-def capacity(config, monkeypatch, user_limit=None, tokens=123):
-    """Tokens that SGLang takes, and the bytes that it takes for free."""
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
     fake = "test.plugin.test_kv_pool:fake_parallel"
     monkeypatch.setitem(compat.IMPORTS, "get_parallel", fake)
-    configurator = SimpleNamespace(
-        server_args=arguments(config),
+
+
+def configurator_of(config, device="cpu", **changes):
+    return SimpleNamespace(
+        device=device,
+        server_args=arguments(config, device=device, **changes),
         model_config=MODEL,
         kv_cache_dtype=torch.float32,
         layer_info=SimpleNamespace(num_effective_layers=LAYERS),
     )
+
+
+def capacity(config, user_limit=None, tokens=123):
+    """Tokens that SGLang takes, and the bytes that it takes for free."""
+    configurator = configurator_of(config)
 
     def limited(_, found):
         return found if user_limit is None else min(found, user_limit)
@@ -186,11 +214,31 @@ def capacity(config, monkeypatch, user_limit=None, tokens=123):
     return tiered_capacity.limit(limited, configurator, tokens), free
 
 
-def test_capacity_is_that_of_the_host_tier(monkeypatch):
+def test_capacity_is_that_of_the_host_tier():
     config = PSAConfig(**tiers())
-    assert capacity(config, monkeypatch) == (SLOTS, HOST)
-    assert capacity(config, monkeypatch, user_limit=64) == (64, HOST)
-    assert capacity(PSAConfig(), monkeypatch) == (123, 7)
+    assert capacity(config) == (SLOTS, HOST)
+    assert capacity(config, user_limit=64) == (64, HOST)
+    assert capacity(PSAConfig()) == (123, 7)
+
+
+def test_a_gpu_needs_room_for_frames_summaries_and_a_prefix():
+    """What is charged is what a pool of these sizes, and prefill over it, have."""
+    config = PSAConfig(backend="reference", **tiers())
+    configurator = configurator_of(config, "cuda")
+    parts = tiered_capacity.device_bytes(configurator)
+    pool = make_pool(config)
+    assert parts["frames"] + parts["summaries"] == sum(pool.get_kv_size_bytes())
+    pool.tier.reserve(CONTEXT)
+    assert parts["prefix"] == sum(x.nbytes for x in pool.tier._staging)
+    assert parts["tables"] == 16 * LAYERS * PAGES
+    needed = sum(parts.values())
+    assert tiered_capacity.profile(lambda *_: needed, configurator, 10) == HOST
+    with pytest.raises(ConfigError, match=rf"GPU has {needed - 1} left") as caught:
+        tiered_capacity.profile(lambda *_: needed - 1, configurator, 10)
+    assert f"set device_pool_bytes to {FEWEST * FRAME - 1} or less" in str(caught.value)
+    few = tiered_capacity.device_bytes(configurator_of(config, "cuda", max_total_tokens=64))
+    assert few["summaries"] * PAGES == parts["summaries"] * (64 // PAGE + 1)
+    assert few["prefix"] * CONTEXT == parts["prefix"] * 64
 
 
 def refused(match, config=None, model=MODEL, **changes):
@@ -216,6 +264,7 @@ def test_tiers_that_cannot_work_are_refused_at_the_start(tmp_path):
     refused("bytes free, host_pool_bytes of 2 ranks take", full, tp_size=2)
     huge = PSAConfig(**tiers(host_pool_bytes=1 << 60))
     refused("the machine has .* or set host_path to a folder", huge)
+    refused(r"^host_pool_bytes=\d+ of 1 ranks .* free; set it lower$", huge, device="cuda")
 
 
 def scheduler_of(pool, used=(), idle=True):

@@ -1,0 +1,79 @@
+"""The check of tiers on a GPU without one: its prompts, its verdict, the flags of its servers."""
+
+from typing import ClassVar
+
+import pytest
+
+from benchmark.gpu import check_tiers
+from benchmark.memory.systems import RESIDENT
+
+
+class Answers:
+    """A server that repeats what it is told, and says how it was started."""
+
+    started: ClassVar[list[list[str]]] = []
+    wrong: int | None = None
+    problems: ClassVar[list[str]] = []
+
+    def __init__(self, name, arguments, log):
+        self.started.append(arguments)
+        self.tiered = "--psa-device-pool-bytes" in arguments
+
+    def generate(self, ids, max_new_tokens, **_):
+        ids = [*ids[:max_new_tokens]]
+        if self.tiered and self.wrong is not None:
+            ids[self.wrong] += 1
+        return {"output_ids": ids, "meta_info": {}}
+
+    def together(self, prompts, **sampling):
+        return [self.generate(ids, **sampling) for ids in prompts]
+
+    def stats(self):
+        return {"memory": {"loads": 3} if self.tiered else None}
+
+    def get(self, path):
+        class Response:
+            status_code, text = 200, ""
+
+            @staticmethod
+            def json():
+                return {"problems": self.problems}
+
+        return Response
+
+    def wait_idle(self):
+        pass
+
+    assert_no_leak = stop = wait_idle
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "said"),
+    [
+        ({}, 0, "3 loads, equal, ok"),
+        ({"wrong": 40}, 1, "answer 0 differs from token 40 of 48 on"),
+        ({"problems": ["frame 3: no owner"]}, 1, "frame 3: no owner"),
+    ],
+)
+def test_servers_are_compared(monkeypatch, tmp_path, capsys, changes, status, said) -> None:
+    for name, value in {"started": [], **changes}.items():
+        monkeypatch.setattr(Answers, name, value)
+    monkeypatch.setattr(check_tiers, "Server", Answers)
+    monkeypatch.setattr("sys.argv", ["check", "--tokens", "600", "--logs", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        check_tiers.main()
+    assert ended.value.code == status
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"tiers {RESIDENT.name:12} ok" and said in lines[1] and said in lines[2]
+    assert len(Answers.started) == 3
+    for given in Answers.started:
+        flags = dict(zip(given[::2], given[1::2], strict=True))
+        assert flags["--psa-backend"] == "triton" and flags["--device"] == "cuda"
+        assert flags["--psa-min-context"] == "0" and "--psa-host-path" not in flags
+
+
+def test_prompts_share_prefixes_and_take_several_chunks() -> None:
+    made = check_tiers.prompts(1000, 6000)
+    assert made == check_tiers.prompts(1000, 6000) != check_tiers.prompts(1000, 6000, 2)
+    assert made[0][:3000] == made[1][:3000] and made[0][:8] != made[2][:8]
+    assert all(5000 < len(ids) <= 6000 for ids in made) and made[0] != made[1]

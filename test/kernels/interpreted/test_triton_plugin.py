@@ -1,0 +1,38 @@
+"""SGLang's pool and backend over the Triton tier, prefill as on a GPU: as over a resident pool."""
+
+import torch
+from sgl_psa_kernels.page_tier import TritonTier
+from sglang_psa import prefill, tiered_report
+
+from test.plugin.engine_parts import DIM, KV_HEADS, LAYERS, PAGE, SLOTS, Driver, make_backend
+
+FRAME = 2 * KV_HEADS * PAGE * DIM * 4
+#: The fewest frames that a tier works with.
+TIERS = {
+    "device_pool_bytes": 2 * 64 // PAGE * FRAME,
+    "host_pool_bytes": (SLOTS // PAGE + 1) * LAYERS * FRAME,
+}
+
+
+def test_prefill_and_decode_are_those_of_the_resident_pool(monkeypatch) -> None:
+    monkeypatch.setattr(prefill, "choose", lambda *_: prefill.fused)
+    common = {"backend": "triton", "scorer": "sketch", "sketch_bits": 1, "min_context": 0}
+    common |= {"recent_pages": 1, "group_pages": 1, "delta": 0.4}
+    results = []
+    for changes in ({}, TIERS):
+        driver = Driver(make_backend(monkeypatch, **common, **changes))
+        steps = [("extend", {0: 26, 1: 3}), ("extend", {0: 5}), ("decode", {0: 1, 1: 1})]
+        steps += [("decode", {0: 1, 1: 1})]
+        results.append([pair for step in steps for pair in driver.step(*step)])
+    for (resident, _), (tiered, exact) in zip(*results, strict=True):
+        assert torch.equal(resident, tiered)
+        assert (tiered - exact).norm() < 0.5 * exact.norm()
+    pool = driver.backend.pool
+    assert isinstance(pool.tier.tier, TritonTier)
+    assert driver.backend.take_step() is not None
+    assert pool.tier.check() == []
+    assert pool.tier.snapshot()["misses"] > 0
+    pages = driver.backend.req_to_token[0, :33:PAGE] // PAGE
+    pool.forget_pages(pages)
+    assert not pool.tier.tier.tables.filled[:, pages.long()].any()
+    assert tiered_report.section(pool, None, None)["loads"] > 0

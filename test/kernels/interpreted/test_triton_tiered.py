@@ -1,0 +1,74 @@
+"""Decode of the method over two tiers on the Triton kernels: the answers of a resident pool."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sgl_psa_kernels.page_tier import TritonTier
+
+from sgl_psa.memory.tiered_cache import LINK_BYTES_PER_NS
+from test.method.tiered_requests import Requests, Setup
+
+#: Scored by torch, as the interpreter takes minutes to sketch the prompts.
+SETUP = Setup(2, 32, 1, 2, 16, (150, 40), 3, backend="triton", scoring="torch")
+QUARTER = SETUP.all // 4
+
+
+@pytest.mark.parametrize(
+    ("frames", "rule"),
+    [
+        (SETUP.all, {"delta": 0.6}),
+        (QUARTER, {"delta": 0.6, "placement": "lru", "predict": True}),
+    ],
+    ids=["all frames", "quarter"],
+)
+def test_decode_over_tiers_is_decode_over_one(frames: int, rule: dict) -> None:
+    settings = SETUP.config(frames, group_pages=1, scorer="rotated_sketch", **rule)
+    tier = SETUP.build(settings)
+    assert isinstance(tier.tier, TritonTier)
+    tier.tier.k_frames.fill_(float("nan"))
+    tier.tier.v_frames.fill_(float("nan"))
+    tiered, resident = Requests(SETUP, settings, tier), Requests(SETUP, settings, None)
+    for requests in (tiered, resident):
+        requests.prefill()
+    for a, b in zip(tiered.steps(), resident.steps(), strict=True):
+        assert torch.equal(a, b)
+    assert tiered.wrapper.stats.as_dict() == resident.wrapper.stats.as_dict()
+    assert tiered.wrapper.stats.total().pages_attended < tiered.wrapper.stats.total().pages_total
+    assert tier.check() == []
+    snapshot = tier.snapshot()
+    assert snapshot["loads"] > 0 and snapshot["hits"] > 0 and snapshot["misses"] > 0
+    assert (snapshot["evictions"] > 0) == (frames < SETUP.all)
+    # One KV head: a miss reads a frame's bytes.
+    through = snapshot["misses"] * SETUP.frame
+    assert snapshot["bytes_read_through"] == through
+    assert tier.waited_ns() == through // LINK_BYTES_PER_NS
+    assert snapshot["hit_rate"] == snapshot["hits"] / (snapshot["hits"] + snapshot["misses"])
+    assert snapshot["frames_used"] == sum(snapshot["frames_by_layer"]) <= frames
+    pages = [tiered.pages(row, n + SETUP.steps) for row, n in enumerate(SETUP.lengths)]
+    assert snapshot["working_set_frames"] == sum(map(tier.working_set, pages)) > 0
+    tier.release(pages[0])
+    assert tier.working_set(pages[0]) == SETUP.layers and tier.check() == []
+    tier.close()
+
+
+def test_prefixes_are_read_from_the_host_and_from_frames() -> None:
+    settings = SETUP.config(QUARTER, policy="dense")
+    tier = SETUP.build(settings)
+    requests = Requests(SETUP, settings, tier)
+    requests.prefill()
+    slots, pages = requests.req_to_token[0, :100].long(), requests.pages(0, 100)
+    tier.reserve(107)
+    buffer = tier._staging
+    new = torch.randn(2, 7, 1, 16)
+    for step in range(2):
+        k, v = tier.prefix_and_rows(1, pages, 100, *new)
+        assert torch.equal(k, torch.cat([requests.k[1][slots], new[0]]))
+        assert torch.equal(v, torch.cat([requests.v[1][slots], new[1]]))
+        if step == 0:  # Then some pages have frames.
+            requests.step(0)
+            requests.step(1)
+            slots = requests.req_to_token[0, :100].long()
+    assert tier._staging is buffer
+    k, v = tier.read(0, pages, 33)
+    assert torch.equal(k, requests.k[0][slots[:33]]) and torch.equal(v, requests.v[0][slots[:33]])
