@@ -2,15 +2,15 @@
 
     python -m benchmark.soak --minutes 30 [--seed N] [--hosts memory,file]
 
-First an all-resident server answers every prompt once. Then a tiered one, with a host tier too
-small for the load and an arena of a fifth of it, answers them in any order and number, while
-clients disconnect and abort, caches are flushed and requests are retracted; half of the time each
+First an all-resident server answers every prompt, by either rule. Then a tiered one, with a host
+tier too small for the load and an arena of a fifth of it, answers them in any order and number,
+while clients disconnect and abort, caches are flushed and requests are retracted; half of the time each
 with its host tier in memory and in a file. Between two phases, when nothing runs, the books are
 checked: the tiers' (``GET /psa/memory/check``), SGLang's own, and that a flush leaves nothing held.
 Ends with 1 on any leak or wrong answer.
 
-KV is float32 and the rule careful, so that neither another order of summation nor a prefill of what
-had been decoded (after a retraction) changes a greedy token.
+KV is float32 and the rule careful, so that another order of summation changes no greedy token. What
+retraction may change is told in :mod:`benchmark.soak.load`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import requests
 from benchmark.common import write_rows
 from benchmark.memory.systems import PAGE_SIZE, Model
 from benchmark.server_process import Server
-from benchmark.soak.load import NEW_TOKENS, Tally, phase, prompts
+from benchmark.soak.load import NEW_TOKENS, RULES, Tally, Wanted, phase, prompts
 from benchmark.stream_client import Ask, closed_loop
 
 HOST_TOKENS, ARENA = 12288, 0.2
@@ -93,18 +93,18 @@ def tiered(model: Model, host: str, folder: Path) -> dict[str, Any]:
     return made | ({"psa-host-path": folder} if host == "file" else {})
 
 
-def right_answers(server: Server, asked: list[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
-    """Prompt -> tokens.
+def right_answers(server: Server, asked: list[tuple[int, ...]]) -> Wanted:
+    """Of every prompt, by every rule.
 
     Raises:
         RuntimeError: an answer is missing.
     """
-    asks = [Ask(ids, NEW_TOKENS) for ids in asked]
+    asks = [Ask(ids, NEW_TOKENS, rule) for rule in RULES for ids in asked]
     answers = asyncio.run(closed_loop(server.url, asks, CLIENTS, "right"))
     missing = [answer.error or "cut short" for answer in answers if not answer.whole]
     if missing:
         raise RuntimeError(f"the all-resident server: {missing[0]}\n{server.tail()}")
-    return {answer.ask.ids: answer.ids for answer in answers}
+    return {(answer.ask.ids, answer.ask.rule): answer.ids for answer in answers}
 
 
 def memory_problems(server: Server) -> list[str]:
@@ -139,9 +139,7 @@ def check(server: Server, flush: bool, tally: Tally) -> None:
         tally.problem(f"the log says: {mark}")
 
 
-def soak(
-    server: Server, wanted: dict[tuple[int, ...], list[int]], seed: str, seconds: float
-) -> Tally:
+def soak(server: Server, wanted: Wanted, seed: str, seconds: float) -> Tally:
     """Phases of load and checks, until the time is up or something is wrong."""
     rng, tally = random.Random(seed), Tally()
     end = time.monotonic() + seconds
@@ -169,14 +167,14 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
-        room = sum(len(ids) + NEW_TOKENS for ids in asked) + 1024
+        room = len(RULES) * sum(len(ids) + NEW_TOKENS for ids in asked) + 1024
         resident = flags(model, options.device, {"max-total-tokens": room // PAGE_SIZE * PAGE_SIZE})
         server = Server("resident", resident, folder / "resident.log")
         try:
             wanted = right_answers(server, asked)
         finally:
             server.stop()
-        print(f"{len(wanted)} prompts answered by the all-resident server", flush=True)
+        print(f"{len(wanted)} answers of the all-resident server", flush=True)
         for host in options.hosts:
             extra = tiered(model, host, folder)
             server = Server(

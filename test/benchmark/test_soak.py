@@ -55,7 +55,7 @@ def test_wrong_answers_and_bad_books(fakes, tmp_path, capsys) -> None:
 def test_a_server_that_ends_is_a_problem(tmp_path) -> None:
     server = Server("fake", [], tmp_path / "log", module=FAKE)
     server.stop()
-    wanted = {ids: [1] * load.NEW_TOKENS for ids in PROMPTS}
+    wanted = {(ids, rule): [1] * load.NEW_TOKENS for ids in PROMPTS for rule in load.RULES}
     tally = command.soak(server, wanted, "0", 1.0)
     assert any("ConnectionError" in text for text in tally.problems)
     assert any("wrong answer" in text and "Cannot connect" in text for text in tally.problems)
@@ -66,10 +66,27 @@ def test_a_server_that_ends_is_a_problem(tmp_path) -> None:
     [([1, 2, 3], False, True), ([1, 2], False, False), ([1, 2], True, True), ([1, 3], True, False)],
 )
 def test_answers_may_end_only_where_their_client_left(ids, left, right) -> None:
-    answer = Answer(Ask((7,), 3, leave_after=2 if left else None), 0.0, ids, left=left)
+    ask = Ask((7,), 3, load.EXACT, leave_after=2 if left else None)
+    answer = Answer(ask, 0.0, ids, left=left)
     tally = load.Tally()
     tally.add(answer, [1, 2, 3, 4])
     assert (tally.problems == []) == right
+
+
+@pytest.mark.parametrize(
+    ("rule", "meta", "ids", "problem"),
+    [
+        (load.EXACT, {"num_retractions": 2}, [1, 3, 3], True),
+        (load.SPARSE, {"num_retractions": 0}, [1, 3, 3], True),
+        (load.SPARSE, {"num_retractions": 2}, [1, 3, 3], False),
+        (load.SPARSE, {"num_retractions": 2}, [1, 3], True),
+        (load.SPARSE, {}, [1, 3, 3], False),
+    ],
+)
+def test_only_sparse_answers_that_were_resumed_may_differ(rule, meta, ids, problem) -> None:
+    tally = load.Tally()
+    tally.add(Answer(Ask((7,), 3, rule), 0.0, ids, meta=meta), [1, 2, 3])
+    assert bool(tally.problems) == problem and tally.resumed_otherwise == (not problem)
 
 
 def test_the_seed_decides_the_prompts() -> None:
