@@ -212,7 +212,7 @@ def _hit_rate(grown: dict[str, float] | None, memory: dict[str, Any] | None) -> 
     """Share of attended pages, of (row, KV head) pairs, that had a frame; ``None`` if none were."""
     if grown is None or memory is None:
         return None
-    attended = grown["hits"] + grown["loads"] - grown["bytes_in_vain"] // memory["frame_bytes"]
+    attended = grown["hits"] + grown["loads"] - grown["bytes_in_vain"] // memory["record_bytes"]
     return grown["hits"] / attended if attended else None
 
 

@@ -9,8 +9,6 @@
 namespace psa {
 namespace {
 
-typedef int8_t B __attribute__((vector_size(LANES)));
-
 constexpr int NOT_FINITE = -128;
 
 // Exponents that a block may have; beyond the highest, elements saturate.
@@ -38,8 +36,9 @@ inline I exponents_of(I m) {
 }
 inline F power_of(I e) { return (F)((e + 127) << 23); }
 
-inline void store_bytes(int8_t* to, I x) { storeu(to, __builtin_convertvector(x, B)); }
-inline I load_bytes(const int8_t* from) { return __builtin_convertvector(loadu<B>(from), I); }
+inline I load_bytes(const int8_t* from) {
+  return (I)(widen_bytes(reinterpret_cast<const uint8_t*>(from)) << 24) >> 24;
+}
 
 // Elements of x in blocks of exponents e; 0 in those that are not finite.
 inline I elements_of(F x, I e) {
