@@ -214,6 +214,8 @@ def test_capacity_is_that_of_the_host_tier(monkeypatch):
     config = PSAConfig(**tiers())
     assert capacity(config, monkeypatch) == (SLOTS, HOST)
     assert capacity(config, monkeypatch, user_limit=64) == (64, HOST)
+    tokens, free = capacity(PSAConfig(**tiers(host_dtype="int8")), monkeypatch)
+    assert 3 * SLOTS < tokens < 4 * SLOTS and free == HOST
     assert capacity(PSAConfig(), monkeypatch) == (123, 7)
 
 
