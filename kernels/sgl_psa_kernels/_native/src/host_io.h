@@ -30,7 +30,7 @@ class HostIo {
   // Records are keys and values as frames have them, in memory.
   bool addressable() const { return in_memory() && !int8_; }
   int64_t record_bytes() const { return record_bytes_; }
-  // Of an addressable record; its values follow.
+  // Where a record lies in memory. Values of an addressable one follow its keys.
   char* keys(int64_t record) const { return memory_ + record * record_bytes_; }
   char* values(int64_t record) const { return keys(record) + half_; }
 
