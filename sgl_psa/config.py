@@ -51,6 +51,7 @@ ScorerName = Literal[
 ]
 BackendName = Literal["auto", "cpu", "torch", "triton", "reference"]
 PlacementName = Literal["demand", "lru", "even"]
+HostDtypeName = Literal["auto", "int8"]
 #: Stands for :data:`sgl_psa.crossover.CROSSOVER` of the kernels in use.
 AUTO_CONTEXT: Literal["auto"] = "auto"
 #: Stands for the policy's own default; a constructed PSAConfig holds a scorer's name instead.
@@ -241,6 +242,14 @@ class PSAConfig:
         str,
         Meta(description="Folder in which the host tier is a file; none: it is memory."),
     ] = ""
+    host_dtype: Annotated[
+        HostDtypeName,
+        Meta(
+            description="Elements of the host tier: auto, those of the KV cache, or int8 with "
+            "shared exponents, which holds 1.9 times as many tokens as 16 bits and rounds every "
+            "page that is full."
+        ),
+    ] = "auto"
     placement: Annotated[
         PlacementName,
         Meta(

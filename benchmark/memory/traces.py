@@ -18,8 +18,8 @@ from sgl_psa.evaluate.prompt import Prompt
 from sgl_psa.evaluate.tasks import TASKS
 
 TASK = "multi_key"
-#: What a retracted request decoded sparsely is prefilled densely, its next token too; with this rule
-#: both give the same tokens, but where two are as likely within a thousandth.
+#: What a retracted request decoded sparsely is prefilled densely, its next token too; with this
+#: rule both give the same tokens, but where two are as likely within a thousandth.
 CAREFUL = (("psa_delta", 1e-5),)
 
 

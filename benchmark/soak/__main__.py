@@ -4,10 +4,10 @@
 
 First an all-resident server answers every prompt, by either rule. Then a tiered one, with a host
 tier too small for the load and an arena of a fifth of it, answers them in any order and number,
-while clients disconnect and abort, caches are flushed and requests are retracted; half of the time each
-with its host tier in memory and in a file. Between two phases, when nothing runs, the books are
-checked: the tiers' (``GET /psa/memory/check``), SGLang's own, and that a flush leaves nothing held.
-Ends with 1 on any leak or wrong answer.
+while clients disconnect and abort, caches are flushed and requests are retracted; half of the time
+each with its host tier in memory and in a file. Between two phases, when nothing runs, the books
+are checked: the tiers' (``GET /psa/memory/check``), SGLang's own, and that a flush leaves nothing
+held. Ends with 1 on any leak or wrong answer.
 
 KV is float32 and the rule careful, so that another order of summation changes no greedy token. What
 retraction may change is told in :mod:`benchmark.soak.load`.

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sgl_psa.memory import open_pages
 from sgl_psa.memory.admission import Admission, Running
 from sglang_psa import compat, state
 from sglang_psa.decode_part import is_part, prepare_part, take_part
@@ -203,11 +204,18 @@ def tier_of(scheduler: Any) -> Any:
 
 
 def start(result: None, scheduler: Any) -> None:
-    """Begin with the scheduler, if its pool has tiers."""
+    """Begin with the scheduler, if its pool has tiers.
+
+    Raises:
+        ConfigError: the device tier is too small for the requests that the scheduler lets run.
+    """
     global _admission
     tier = tier_of(scheduler)
     if tier is None or not uses_psa(scheduler.server_args):
         return
+    config = psa_config(scheduler.server_args)
+    if config.host_dtype == "int8":
+        open_pages.check(config, tier.tier.shape, scheduler.max_running_requests)
     _admission = SchedulerAdmission(scheduler, tier)
     # SGLang's books of a busy pool count requests of both batches, once where these are one.
     scheduler.invariant_checker.get_last_batch = lambda: (

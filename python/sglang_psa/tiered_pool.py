@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from sgl_psa.memory.sizes import tier_shape
 from sgl_psa.memory.tiered_cache import TieredCache
 from sglang_psa.kv_pool import PSAKVPool
 
@@ -33,16 +34,20 @@ class PSATieredKVPool(PSAKVPool):
         self.k_scale_buffer = self.v_scale_buffer = self.dq_k_buffer = self.dq_v_buffer = None
         shape = self._create_summaries()
         # --max-total-tokens may ask for fewer pages than the host tier has bytes for.
-        row = self.head_num * self.head_dim * self.store_dtype.itemsize
-        host = 2 * row * self.page_size * shape.num_pages * self.layer_num
-        device = min(self._psa_config.device_pool_bytes, host)
+        kv: dict[str, Any] = {
+            "num_layers": self.layer_num,
+            "page_size": self.page_size,
+            "num_kv_heads": self.head_num,
+            "head_dim": self.head_dim,
+            "dtype": self.store_dtype,
+        }
+        page = tier_shape(self._psa_config.host_dtype, **kv)
+        records = self.layer_num * shape.num_pages
+        host = records * page.record_bytes
+        device = min(self._psa_config.device_pool_bytes, records * page.frame_bytes)
         self.tier = TieredCache.build(
             dataclasses.replace(self._psa_config, host_pool_bytes=host, device_pool_bytes=device),
-            num_layers=self.layer_num,
-            page_size=self.page_size,
-            num_kv_heads=self.head_num,
-            head_dim=self.head_dim,
-            dtype=self.store_dtype,
+            **kv,
             backend=self.kernel_backend,
             device=self.device,
         )

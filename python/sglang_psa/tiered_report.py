@@ -10,7 +10,7 @@ import torch
 #: ``rid`` of a question for the internal state that asks for the integrity check too.
 CHECK = "psa-memory-check"
 #: Fields of the section that are the same in every rank.
-_COMMON = ("placement", "pipeline", "host_kind", "frame_bytes")
+_COMMON = ("placement", "pipeline", "host_kind", "host_dtype", "frame_bytes", "record_bytes")
 
 
 def section(pool: Any, scheduler: Any, question: Any) -> dict[str, Any] | None:

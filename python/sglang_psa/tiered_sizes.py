@@ -20,35 +20,36 @@ def tier_sizes(
     tp_size: int,
     num_layers: int,
     dtype: torch.dtype,
+    max_requests: int | None = None,
 ) -> PoolSizes:
     """What the tiers of one rank hold.
 
     Args:
         model: SGLang's ``ModelConfig``.
         tp_size: ranks that share the model's KV heads.
+        max_requests: most requests that run at once, if that is known.
 
     Raises:
-        ConfigError: a tier cannot hold the least that one request, or the placement, needs.
+        ConfigError: a tier cannot hold the least that one request, the placement or so many
+            requests need.
     """
-    from sgl_psa_kernels.page_tier import TierShape
-
+    from sgl_psa.memory import open_pages
     from sgl_psa.memory.placements import PLACEMENTS
-    from sgl_psa.memory.sizes import pool_sizes
+    from sgl_psa.memory.sizes import pool_sizes, tier_shape
 
-    heads = model.get_num_kv_heads(tp_size)
-    shape = TierShape(num_layers, 1, 1, page_size, heads, model.head_dim, dtype)
-    found = pool_sizes(
-        config,
+    shape = tier_shape(
+        config.host_dtype,
         num_layers=num_layers,
         page_size=page_size,
-        num_kv_heads=heads,
+        num_kv_heads=model.get_num_kv_heads(tp_size),
         head_dim=model.head_dim,
         dtype=dtype,
-        minimum_frames=shape.minimum_frames,
     )
-    PLACEMENTS[config.placement](
-        shape._replace(num_pages=found.num_pages, num_frames=found.num_frames)
-    )
+    found = pool_sizes(config, shape)
+    shape = shape._replace(num_pages=found.num_pages, num_frames=found.num_frames)
+    PLACEMENTS[config.placement](shape)
+    if max_requests is not None:
+        open_pages.check(config, shape, max_requests)
     return found
 
 
@@ -56,8 +57,10 @@ def check_tiers(config: PSAConfig, server_args: Any, model: Any) -> None:
     """Refuse tiers at start-up, before the model is loaded.
 
     Raises:
-        ConfigError: a tier is too small for one request or for the placement, the machine's memory
-            or the disk is too small for them, or the folder of the host tier cannot be written to.
+        ConfigError: a tier is too small for one request, for the placement or for the requests
+            that run at once (checked again when the scheduler starts, which may choose how many),
+            the machine's memory or the disk is too small for them, or the folder of the host tier
+            cannot be written to.
     """
     if not config.tiered:
         return
@@ -73,6 +76,7 @@ def check_tiers(config: PSAConfig, server_args: Any, model: Any) -> None:
         tp_size=server_args.tp_size,
         num_layers=model.num_hidden_layers,
         dtype=model.dtype,
+        max_requests=server_args.max_running_requests,
     )
     ranks = server_args.tp_size * server_args.dp_size
     memory, on_gpu = psutil.virtual_memory(), server_args.device == "cuda"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from sgl_psa.config import PlacementName, PSAConfig
+from sgl_psa.config import HostDtypeName, PlacementName, PSAConfig
+from sgl_psa.memory.sizes import tier_shape
 from sgl_psa.memory.tiered_cache import TieredCache
 from sgl_psa.scorers import CacheShape
 
@@ -17,13 +19,14 @@ class Arena:
 
     Attributes:
         fraction: of all K and V of the pool, 0 to 1.
-        placement, pipeline, host_path: as in ``PSAConfig``.
+        placement, pipeline, host_path, host_dtype: as in ``PSAConfig``.
     """
 
     fraction: float
     placement: PlacementName = "demand"
     pipeline: bool = True
     host_path: str = ""
+    host_dtype: HostDtypeName = "auto"
 
     def settings(self, config: PSAConfig, shape: CacheShape, dtype: torch.dtype) -> PSAConfig:
         """``config`` with the bytes of the tiers.
@@ -31,27 +34,29 @@ class Arena:
         Raises:
             ConfigError: the fraction is too small, or the settings do not go with tiers.
         """
-        page_bytes = 2 * shape.page_size * shape.num_kv_heads * shape.head_dim * dtype.itemsize
-        total = shape.num_layers * shape.num_pages * page_bytes
+        page = tier_shape(self.host_dtype, **_kv(shape, dtype))
+        records = shape.num_layers * shape.num_pages
         return replace(
             config,
-            device_pool_bytes=round(self.fraction * total),
-            host_pool_bytes=total,
+            device_pool_bytes=round(self.fraction * records * page.frame_bytes),
+            host_pool_bytes=records * page.record_bytes,
             placement=self.placement,
             pipeline=self.pipeline,
             host_path=self.host_path,
+            host_dtype=self.host_dtype,
         )
 
 
 def build(config: PSAConfig, shape: CacheShape, dtype: torch.dtype, backend: str) -> TieredCache:
     """The cache of a group whose settings came from :meth:`Arena.settings`."""
-    return TieredCache.build(
-        config,
-        num_layers=shape.num_layers,
-        page_size=shape.page_size,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        dtype=dtype,
-        backend=backend,
-        device=shape.device,
-    )
+    return TieredCache.build(config, **_kv(shape, dtype), backend=backend, device=shape.device)
+
+
+def _kv(shape: CacheShape, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "num_layers": shape.num_layers,
+        "page_size": shape.page_size,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "dtype": dtype,
+    }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sgl_psa.evaluate.arena import Arena
 from sgl_psa.evaluate.example import Example, TextExample
 from sgl_psa.evaluate.feeder import Answering, Forced
 from sgl_psa.evaluate.measurement import Measurement, Progress, questions
@@ -42,6 +43,7 @@ class InProcess:
         batch: int = 64,
         page_size: int = PAGE_SIZE,
         share_heads: bool = True,
+        arena: Arena | None = None,
     ) -> None:
         """
         Args:
@@ -50,7 +52,7 @@ class InProcess:
             folder: where it came from, if it is a folder: its content is told apart.
             chat: use the tokenizer's chat template.
             batch: most rows decoded together.
-            page_size, share_heads: as of :class:`PagedModel`; results tell other than the
+            page_size, share_heads, arena: as of :class:`PagedModel`; results tell other than the
                 defaults apart.
         """
         self.model = model.eval()
@@ -58,9 +60,11 @@ class InProcess:
         self.batch = batch
         self.page_size = page_size
         self.share_heads = share_heads
+        self.arena = arena
         kind = "in process"
         kind += "" if page_size == PAGE_SIZE else f", pages of {page_size}"
         kind += "" if share_heads else ", query heads apart"
+        kind += "" if arena is None else f", {arena}"
         self.identity = {"model": name, "fingerprint": fingerprint(folder), "runner": kind}
         self._eos = _eos_ids(model, tokenizer)
 
@@ -86,6 +90,7 @@ class InProcess:
             max_tail=longest,
             page_size=self.page_size,
             share_heads=self.share_heads,
+            arena=self.arena,
         )
         results = [Measurement() for _ in specs]
         for example, ids in zip(examples, contexts, strict=True):

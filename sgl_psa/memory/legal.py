@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sgl_psa.config import PSAConfig
 
 #: Settings that mean nothing without tiers.
-_OF_TIERS = ("host_path", "placement", "pipeline")
+_OF_TIERS = ("host_path", "host_dtype", "placement", "pipeline")
 
 
 def check(config: PSAConfig) -> None:
@@ -38,7 +38,13 @@ def check(config: PSAConfig) -> None:
                     f"host_pool_bytes; set them, or drop {name}"
                 )
         return
-    if host < device:
+    if config.host_dtype == "int8" and config.backend == "triton":
+        raise ConfigError(
+            "host_dtype='int8': Triton kernels attend pages on the host where they lie, and read "
+            "no int8; set host_dtype to auto, or backend to cpu"
+        )
+    # Pages in int8 are smaller than their frames: by how much, their shape says, in `sizes`.
+    if host < device and config.host_dtype == "auto":
         raise ConfigError(
             f"host_pool_bytes={host}: the host tier holds every page, those of the device pool "
             f"({device} bytes) too; set host_pool_bytes to {device} or more"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from sgl_psa_kernels.page_tier import TierShape
 
-from sgl_psa.config import ConfigError, PSAConfig
+from sgl_psa.config import ConfigError, HostDtypeName, PSAConfig
 
 #: The first page takes what padding rows write; no request has it.
 PADDING_PAGES = 1
@@ -21,7 +22,8 @@ class PoolSizes(NamedTuple):
         num_pages: logical pages, of all layers, that the host tier has room for; the padding page
             included.
         page_size: tokens of a page.
-        frame_bytes: K and V of a page in one layer.
+        frame_bytes: K and V of a page in one layer, on the device tier.
+        record_bytes: the same on the host tier.
     """
 
     num_layers: int
@@ -29,6 +31,7 @@ class PoolSizes(NamedTuple):
     num_pages: int
     page_size: int
     frame_bytes: int
+    record_bytes: int
 
     @property
     def tokens(self) -> int:
@@ -43,34 +46,43 @@ class PoolSizes(NamedTuple):
     @property
     def host_bytes(self) -> int:
         """Of all pages in all layers."""
-        return self.num_pages * self.num_layers * self.frame_bytes
+        return self.num_pages * self.num_layers * self.record_bytes
 
 
-def pool_sizes(
-    config: PSAConfig,
+def tier_shape(
+    host_dtype: HostDtypeName,
     *,
     num_layers: int,
     page_size: int,
     num_kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
-    minimum_frames: int = 1,
-) -> PoolSizes:
+) -> TierShape:
+    """Shape of two tiers with one page and one frame.
+
+    Args:
+        host_dtype: as in ``PSAConfig``.
+        num_kv_heads: of this tensor-parallel rank.
+    """
+    host = torch.int8 if host_dtype == "int8" else None
+    return TierShape(num_layers, 1, 1, page_size, num_kv_heads, head_dim, dtype, host)
+
+
+def pool_sizes(config: PSAConfig, shape: TierShape) -> PoolSizes:
     """Sizes of the tiers that ``config`` asks for; neither is larger than its bytes.
 
     The device tier has no more frames than there are pages to fill them. The bytes are those of K
     and V: what is kept of every page to score it comes on top, on the device tier.
 
     Args:
-        num_kv_heads: of this tensor-parallel rank.
-        minimum_frames: fewest frames that the device tier runs with.
+        shape: from :func:`tier_shape`.
 
     Raises:
-        ConfigError: a tier cannot hold the least that one request needs; names the setting and the
-            bytes.
+        ConfigError: a tier cannot hold the least that one request needs, or an int8 host less than
+            the device tier; names the setting and the bytes.
     """
-    frame_bytes = 2 * num_kv_heads * page_size * head_dim * dtype.itemsize
-    record_bytes = num_layers * frame_bytes
+    num_layers, frame_bytes = shape.num_layers, shape.frame_bytes
+    minimum_frames, record_bytes = shape.minimum_frames, num_layers * shape.record_bytes
     # A request holds its forced pages, which may all differ, and the group that is ranked first.
     pages = PADDING_PAGES + config.sink_pages + config.recent_pages + config.group_pages
     if config.host_pool_bytes < pages * record_bytes:
@@ -86,5 +98,18 @@ def pool_sizes(
             f"{minimum_frames * frame_bytes} or more"
         )
     num_pages = config.host_pool_bytes // record_bytes
-    num_frames = min(config.device_pool_bytes // frame_bytes, num_layers * num_pages)
-    return PoolSizes(num_layers, num_frames, num_pages, page_size, frame_bytes)
+    num_frames = config.device_pool_bytes // frame_bytes
+    if shape.int8_host and num_frames > num_layers * (num_pages + 1):
+        least = -(-num_frames // num_layers) * record_bytes
+        raise ConfigError(
+            f"host_pool_bytes={config.host_pool_bytes}: the host tier holds every page, those of "
+            f"the device pool ({num_frames}) too; set host_pool_bytes to {least} or more"
+        )
+    return PoolSizes(
+        num_layers,
+        min(num_frames, num_layers * num_pages),
+        num_pages,
+        shape.page_size,
+        frame_bytes,
+        shape.record_bytes,
+    )

@@ -11,7 +11,6 @@ from sgl_psa_kernels.page_tier import (
     HostStore,
     PageTier,
     TierCounters,
-    TierShape,
     TritonTier,
     make_tier,
 )
@@ -20,7 +19,7 @@ from sgl_psa.config import ConfigError, PSAConfig
 from sgl_psa.memory.host_file import HostFile
 from sgl_psa.memory.placements import PLACEMENTS, Placement
 from sgl_psa.memory.residency import Residency
-from sgl_psa.memory.sizes import PoolSizes, pool_sizes
+from sgl_psa.memory.sizes import PoolSizes, pool_sizes, tier_shape
 
 #: Kernel backend -> the tier's.
 _BACKENDS = {"cpu": "cpu", "reference": "reference", "triton": "triton"}
@@ -34,7 +33,7 @@ class TieredCache:
 
     The host tier has every page that is full; the device tier has the frames that layers use. What
     is attended, and in which order, is the caller's, so results are bit for bit those of a cache
-    that holds everything.
+    that holds everything; with an int8 host, of one that rounds every page when it is full.
 
     Attributes:
         tier, residency, placement: its parts.
@@ -96,16 +95,15 @@ class TieredCache:
                 "which must be memory; drop host_path"
             )
         device = torch.device(device)
-        shape = TierShape(num_layers, 1, 1, page_size, num_kv_heads, head_dim, dtype)
-        sizes = pool_sizes(
-            config,
+        shape = tier_shape(
+            config.host_dtype,
             num_layers=num_layers,
             page_size=page_size,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             dtype=dtype,
-            minimum_frames=shape.minimum_frames,
         )
+        sizes = pool_sizes(config, shape)
         shape = shape._replace(num_pages=sizes.num_pages, num_frames=sizes.num_frames)
         placement = PLACEMENTS[config.placement](shape)
         host_file = HostFile(config.host_path, shape.host_bytes) if config.host_path else None
@@ -127,6 +125,7 @@ class TieredCache:
             shape.num_frames,
             shape.num_pages,
             shape.page_size,
+            shape.frame_bytes,
             shape.record_bytes,
         )
 
@@ -284,6 +283,7 @@ class TieredCache:
         samples of the whole run.
         """
         sizes, counters, residency = self.sizes, self.tier.counters(), self.residency
+        shape = self.tier.shape
         frames = residency.frames_by_layer().tolist()
         working = residency.working_set_by_layer()
         misses = self._misses(counters)
@@ -292,8 +292,10 @@ class TieredCache:
             "placement": self.placement.name,
             "pipeline": self.pipeline,
             "host_kind": self.host_kind,
+            "host_dtype": str(shape.host_dtype or shape.dtype).removeprefix("torch."),
             "step": self.step,
             "frame_bytes": sizes.frame_bytes,
+            "record_bytes": sizes.record_bytes,
             "num_frames": sizes.num_frames,
             "num_pages": sizes.num_pages,
             "device_bytes": sizes.device_bytes,

@@ -68,6 +68,7 @@ class Fake:
             return web.json_response({"memory": None})
         memory = {
             "frame_bytes": FRAME,
+            "record_bytes": FRAME,
             "num_frames": 8,
             "hits": 9 * self.steps,
             "misses": self.steps,

@@ -17,9 +17,11 @@ def tier_backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=["memory", "file", "int8 memory", "int8 file"])
 def pool(request: pytest.FixtureRequest, tier_backend: str) -> Pool:
-    return Pool.make(SHAPE, tier_backend, request.param)
+    *int8, host = request.param.split()
+    shape = SHAPE._replace(host_dtype=torch.int8) if int8 else SHAPE
+    return Pool.make(shape, tier_backend, host)
 
 
 def test_a_prefill_beyond_the_arena_is_saved_and_takes_free_frames_only(pool: Pool) -> None:
@@ -34,7 +36,7 @@ def test_a_prefill_beyond_the_arena_is_saved_and_takes_free_frames_only(pool: Po
     assert (tables.saved[:, pages[:14]] == 8).all()
     assert tables.filled[:, pages[14]].tolist() == [3, 3, 3]
     assert (tables.frame_of[:, pages[14]] >= 0).all()
-    assert counters.bytes_saved == 3 * 14 * SHAPE.record_bytes
+    assert counters.bytes_saved == 3 * 14 * pool.shape.record_bytes
     for layer in range(3):
         assert torch.equal(pool.gather(layer, pages, 115), pool.truth(layer, pages, 115))
 
@@ -93,7 +95,7 @@ def test_decode_loads_what_it_attends_and_stamps_it(pool: Pool) -> None:
     after, tables = pool.tier.counters(), pool.tier.tables
     assert pool.tier.check() == []
     assert after.loads - before.loads >= 20  # layer 2 had its open page only
-    assert after.bytes_loaded == after.loads * SHAPE.record_bytes
+    assert after.bytes_loaded == after.loads * pool.shape.record_bytes
     assert (tables.stamp[2, 1:22] == 7).all()
     assert int(tables.stamp.sum()) == 21 * 7
     resident = tables.owner[tables.owner >= 0]

@@ -15,8 +15,10 @@ SHAPE = TierShape(LAYERS, PAGES, 8, SIZE, 2, 16, torch.float32)
 class Twins:
     """A tier and its reference, given the same calls; requests hold pages, as a server's do."""
 
-    def __init__(self, frames: int, host: str, pipeline: bool, seed: int) -> None:
-        shape = SHAPE._replace(num_frames=frames)
+    def __init__(
+        self, frames: int, host: str, pipeline: bool, seed: int, host_dtype: torch.dtype | None
+    ) -> None:
+        shape = SHAPE._replace(num_frames=frames, host_dtype=host_dtype)
         self.native = Pool.make(shape, "cpu", host, pipeline, seed)
         self.reference = Pool.make(shape, "reference", "memory", pipeline, seed)
         self.free = list(range(1, PAGES))
@@ -42,6 +44,10 @@ class Twins:
         self.requests[i] = (pages, length + tokens)
 
     def prefill(self, tokens: int) -> None:
+        shape = self.native.shape
+        open_frames = LAYERS * (len(self.requests) + 1)
+        if shape.int8_host and open_frames + shape.block_pages > shape.num_frames:
+            return
         self.requests.append(([], 0))
         self.extend(-1, tokens)
         if not self.requests[-1][0]:
@@ -116,6 +122,10 @@ class Twins:
         assert torch.equal(native.stamp, reference.stamp)
         full = native.filled == SIZE
         assert (native.saved[full] == SIZE).all()
+        if self.native.shape.int8_host:
+            for tables in (native, reference):
+                assert (tables.frame_of[(tables.filled > 0) & ~full] >= 0).all()
+                assert (tables.saved[~full] == 0).all()
         loads = self.native.tier.counters()
         assert loads.bytes_loaded == loads.loads * self.native.shape.record_bytes
 
@@ -132,6 +142,7 @@ ACTIONS = st.one_of(
 )
 
 
+@pytest.mark.parametrize("host_dtype", [None, torch.int8])
 @pytest.mark.parametrize("host", ["memory", "file"])
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
@@ -140,8 +151,10 @@ ACTIONS = st.one_of(
     pipeline=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_sequence_of_calls(host, actions, frames: int, pipeline: bool, seed: int) -> None:
-    twins = Twins(frames, host, pipeline, seed)
+def test_any_sequence_of_calls(
+    host, host_dtype, actions, frames: int, pipeline: bool, seed: int
+) -> None:
+    twins = Twins(frames, host, pipeline, seed, host_dtype)
     for name, argument in actions:
         if name in ("extend", "finish", "gather"):
             if not twins.requests:

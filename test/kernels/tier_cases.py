@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
-from sgl_psa_kernels.page_tier import HostStore, PageTier, TierShape, make_tier
+from sgl_psa_kernels.page_tier import HostStore, PageTier, TierShape, codec, make_tier
 
 
 def host_store(kind: str, num_bytes: int) -> HostStore:
@@ -19,7 +19,8 @@ def host_store(kind: str, num_bytes: int) -> HostStore:
 
 @dataclass
 class Pool:
-    """A tier and the resident pool [L, slots, Hkv, D] that it stands for. Empty slots are NaN."""
+    """A tier and the resident pool [L, slots, Hkv, D] that it stands for. Empty slots are NaN;
+    with an int8 host, pages are rounded as they fill."""
 
     tier: PageTier
     k: torch.Tensor
@@ -54,6 +55,15 @@ class Pool:
         k, v = fused[:, 0], fused[:, 1]  # strided, as a slice of a fused projection is
         self.tier.write(layer, slots, k, v)
         self.k[layer, slots], self.v[layer, slots] = k, v
+        if self.shape.int8_host:
+            size = self.shape.page_size
+            for page in torch.unique(slots[slots % size == size - 1] // size).tolist():
+                self._round(layer, slice(page * size, (page + 1) * size))
+
+    def _round(self, layer: int, slots: slice) -> None:
+        page = [pool[layer, slots].movedim(0, 1) for pool in (self.k, self.v)]
+        rounded = codec.decode(codec.encode(*page), self.shape).movedim(1, 2)
+        self.k[layer, slots], self.v[layer, slots] = rounded
 
     def fill(self, pages: torch.Tensor, tokens: int) -> None:
         """The first tokens of consecutive pages, in all layers."""

@@ -1,26 +1,26 @@
 """Settings of two tiers: bytes in words, half pairs, and what tiers do not serve."""
 
+import dataclasses
 import errno
 import os
 
 import pytest
 import torch
+from sgl_psa_kernels.page_tier import TierShape
 
 from sgl_psa.config import ConfigError, PSAConfig
 from sgl_psa.config_field import parse_bytes
+from sgl_psa.memory import open_pages
 from sgl_psa.memory.host_file import HostFile
 from sgl_psa.memory.sizes import pool_sizes
 from sgl_psa.rule import RequestRule
 
 TIERS = {"device_pool_bytes": "1M", "host_pool_bytes": "8M"}
-SHAPE = {
-    "num_layers": 3,
-    "page_size": 16,
-    "num_kv_heads": 2,
-    "head_dim": 32,
-    "dtype": torch.bfloat16,
-}
+SHAPE = TierShape(3, 1, 1, 16, 2, 32, torch.bfloat16)
+INT8 = SHAPE._replace(host_dtype=torch.int8)
 FRAME = 2 * 2 * 16 * 32 * 2
+#: Elements, 2 * (32 + 16) exponents, and 32 bytes that align the next one.
+RECORD = FRAME // 2 + 96 + 32
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,9 @@ def test_bad_bytes_are_refused(value: object) -> None:
         ({"placement": "even"}, "no effect without device_pool_bytes"),
         ({"pipeline": False}, "no effect without device_pool_bytes"),
         ({"host_path": "/tmp"}, "no effect without device_pool_bytes"),
+        ({"host_dtype": "int8"}, "no effect without device_pool_bytes"),
+        ({**TIERS, "host_dtype": "int8", "backend": "triton"}, "set host_dtype to auto, or back"),
+        ({**TIERS, "host_dtype": "int4"}, "expected one of auto, int8"),
         ({**TIERS, "placement": "fifo"}, "expected one of demand, lru, even"),
         ({**TIERS, "audit_rate": 0.1}, "set audit_rate to 0"),
         ({**TIERS, "policy": "swa"}, "set policy to psa"),
@@ -91,7 +94,7 @@ def test_a_request_may_not_ask_for_what_tiers_do_not_serve() -> None:
 
 def test_sizes_stay_within_their_bytes() -> None:
     config = PSAConfig(device_pool_bytes=10 * FRAME + 1, host_pool_bytes=9 * 3 * FRAME - 1)
-    sizes = pool_sizes(config, **SHAPE)
+    sizes = pool_sizes(config, SHAPE)
     assert (sizes.num_frames, sizes.num_pages, sizes.tokens) == (10, 8, 7 * 16)
     assert sizes.frame_bytes == FRAME
     assert sizes.device_bytes <= config.device_pool_bytes
@@ -100,7 +103,7 @@ def test_sizes_stay_within_their_bytes() -> None:
 
 def test_no_frame_is_made_that_no_page_fills() -> None:
     config = PSAConfig(device_pool_bytes=26 * FRAME, host_pool_bytes=26 * FRAME)
-    sizes = pool_sizes(config, **SHAPE)
+    sizes = pool_sizes(config, SHAPE)
     assert sizes.num_frames == sizes.num_pages * 3 == 24
 
 
@@ -108,10 +111,40 @@ def test_tiers_below_one_request_are_refused_with_the_bytes_it_takes() -> None:
     least = 8 * 3 * FRAME  # padding, sink, two recent pages and a group of four
     with pytest.raises(ConfigError, match=rf"host_pool_bytes=.* to {least} or more"):
         config = PSAConfig(device_pool_bytes=FRAME, host_pool_bytes=least - 1)
-        pool_sizes(config, **SHAPE)
-    with pytest.raises(ConfigError, match=rf"device_pool_bytes=.* to {5 * FRAME} or more"):
-        config = PSAConfig(device_pool_bytes=5 * FRAME - 1, host_pool_bytes=least)
-        pool_sizes(config, **SHAPE, minimum_frames=5)
+        pool_sizes(config, SHAPE)
+    with pytest.raises(ConfigError, match=rf"device_pool_bytes=.* to {8 * FRAME} or more"):
+        config = PSAConfig(device_pool_bytes=8 * FRAME - 1, host_pool_bytes=least)
+        pool_sizes(config, SHAPE)
+
+
+def test_an_int8_host_has_more_pages_of_the_same_bytes() -> None:
+    config = PSAConfig(
+        device_pool_bytes=10 * FRAME, host_pool_bytes=9 * 3 * FRAME, host_dtype="int8"
+    )
+    sizes = pool_sizes(config, INT8)
+    assert (sizes.num_frames, sizes.frame_bytes, sizes.record_bytes) == (10, FRAME, RECORD)
+    assert sizes.num_pages == 9 * FRAME // RECORD == 16
+    assert sizes.device_bytes == 10 * FRAME
+    assert config.host_pool_bytes - 3 * RECORD < sizes.host_bytes <= config.host_pool_bytes
+    all_frames = dataclasses.replace(config, device_pool_bytes=16 * 3 * FRAME)
+    assert pool_sizes(all_frames, INT8).num_frames == 16 * 3
+    with pytest.raises(ConfigError, match=rf"\(60\) too; set host_pool_bytes to {60 * RECORD}"):
+        pool_sizes(dataclasses.replace(config, device_pool_bytes=60 * FRAME), INT8)
+
+
+@pytest.mark.parametrize(("placement", "frames"), [("demand", 9 * 3 + 8), ("even", 3 * (9 + 8))])
+def test_an_arena_that_open_pages_may_fill_is_refused(placement: str, frames: int) -> None:
+    """Eight requests and padding have a page each in three layers; eight more frames serve."""
+    config = PSAConfig(**TIERS, host_dtype="int8", placement=placement)
+    shape = INT8._replace(num_pages=100, num_frames=frames)
+    open_pages.check(config, shape, 8)
+    open_pages.check(config, SHAPE._replace(num_pages=100, num_frames=24), 99)
+    short = shape._replace(num_frames=frames - 1)
+    fix = rf"set device_pool_bytes to {frames * FRAME} or more, --max-running-requests to 7 or less"
+    with pytest.raises(ConfigError, match=rf"8 requests .* take {frames} .* {fix}, or host_dtype"):
+        open_pages.check(config, short, 8)
+    open_pages.check(config, short, 7)
+    open_pages.check(config, shape._replace(num_pages=9), 4000)  # no more than there are pages
 
 
 def test_a_host_file_is_allocated_and_leaves_no_name(tmp_path) -> None:

@@ -141,3 +141,32 @@ def test_an_arena_of_any_size_answers_as_the_whole_pool(
     assert pipeline or snapshot["bytes_in_vain"] == 0
     assert tier.check() == []
     tier.close()
+
+
+@pytest.fixture(scope="module")
+def rounded(loaded) -> list:
+    answers, paged = decoded(loaded, Arena(1.0, host_dtype="int8"))
+    assert paged.groups[0].tier.snapshot()["loads"] == 0
+    return answers
+
+
+@pytest.mark.skipif(not AVAILABLE, reason=f"C++ kernels cannot be built: {REASON}")
+@pytest.mark.parametrize(("fraction", "in_file"), [(0.25, False), (0.1, True)])
+def test_an_int8_host_answers_alike_from_an_arena_of_any_size(
+    loaded, resident, rounded, fraction: float, in_file: bool, tmp_path
+) -> None:
+    host_path = str(tmp_path) if in_file else ""
+    answers, paged = decoded(loaded, Arena(fraction, host_path=host_path, host_dtype="int8"))
+    assert answers == rounded
+    # It is right as before, but not the same: what was attended shows the rounding.
+    assert [tokens for tokens, *_ in answers] == [tokens for tokens, *_ in resident]
+    assert answers != resident
+    tier = paged.groups[0].tier
+    snapshot = tier.snapshot()
+    assert snapshot["loads"] > 0 and snapshot["host_dtype"] == "int8"
+    assert (
+        snapshot["host_bytes"]
+        < 0.3 * snapshot["num_pages"] * len(snapshot["frames_by_layer"]) * (snapshot["frame_bytes"])
+    )
+    assert tier.check() == []
+    tier.close()

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sgl_psa_kernels.page_tier import TierShape
 from sglang_psa import admission, compat, decode_part
 from sglang_psa.late_copy import LateCopy
 
-from sgl_psa.config import PSAConfig
+from sgl_psa.config import ConfigError, PSAConfig
 
 PAGE, LAYERS = 8, 2
 
@@ -258,6 +259,19 @@ def test_paused_requests_are_retracted_first(scheduler):
     assert admission.retraction_order([2, 0, 1], batch.reqs, args) == [0, 2, 1]
     args.retraction_policy = "priority"
     assert admission.retraction_order([2, 0, 1], batch.reqs, args) is None
+
+
+def test_more_requests_than_an_int8_host_leaves_frames_for_do_not_start(scheduler):
+    shape = TierShape(LAYERS, 99, 50, PAGE, 1, 16, torch.float32, torch.int8)
+    scheduler.tier.tier.shape = shape
+    vars(scheduler.server_args).update(
+        psa_host_dtype="int8", psa_device_pool_bytes=1, psa_host_pool_bytes=1
+    )
+    scheduler.max_running_requests = (50 - shape.minimum_frames) // LAYERS - 1
+    admission.start(None, scheduler)
+    scheduler.max_running_requests += 1
+    with pytest.raises(ConfigError, match=r"17 requests .* --max-running-requests to 16 or less"):
+        admission.start(None, scheduler)
 
 
 def test_sglangs_books_take_a_part_for_the_batch_it_comes_from(scheduler):

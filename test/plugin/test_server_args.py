@@ -77,6 +77,7 @@ def test_every_field_has_a_flag_that_reaches_the_config(monkeypatch, tmp_path):
         "device_pool_bytes": "1.5M",
         "host_pool_bytes": 1 << 26,
         "host_path": str(tmp_path),
+        "host_dtype": "int8",
         "placement": "lru",
         "pipeline": False,
     }

@@ -56,6 +56,14 @@ def pool(backend):
     return make_pool(PSAConfig(backend=backend, **tiers()))
 
 
+def outputs(driver):
+    """Of prompts longer than the device tier, prefixes that have left it, and decode steps."""
+    steps = [("extend", {0: 90, 1: 24}), ("extend", {1: 100, 2: 3}), ("extend", {0: 40})]
+    steps += [("decode", {0: 1, 1: 1, 2: 1})] * 20 + [("extend", {3: 90, 2: 30})]
+    steps += [("decode", {3: 1, 1: 1})] * 3
+    return [out for step in steps for out, _ in driver.step(*step)]
+
+
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize(
     "settings",
@@ -68,16 +76,12 @@ def pool(backend):
     ids=str,
 )
 def test_outputs_are_those_of_the_resident_pool(monkeypatch, tmp_path, backend, settings, place):
-    """Prompts longer than the device tier, prefixes that have left it, and decode steps."""
     common = {"backend": backend, "min_context": 0, "recent_pages": 1, "group_pages": 1, **settings}
     where = {"host_path": str(tmp_path)} if place == "disk" else {}
     results = []
     for changes in ({}, tiers(**where)):
         driver = Driver(make_backend(monkeypatch, **common, **changes))
-        steps = [("extend", {0: 90, 1: 24}), ("extend", {1: 100, 2: 3}), ("extend", {0: 40})]
-        steps += [("decode", {0: 1, 1: 1, 2: 1})] * 20 + [("extend", {3: 90, 2: 30})]
-        steps += [("decode", {3: 1, 1: 1})] * 3
-        results.append([out for step in steps for out, _ in driver.step(*step)])
+        results.append(outputs(driver))
         pool = driver.backend.pool
     for resident, tiered in zip(*results, strict=True):
         assert torch.equal(resident, tiered)
@@ -100,6 +104,25 @@ def test_prefill_of_other_devices_reads_whole_prefixes_through_one_buffer(monkey
         assert torch.equal(resident, tiered)
         torch.testing.assert_close(tiered, exact, rtol=1e-4, atol=1e-5)
     assert buffer is pool.tier._staging and [len(x) for x in buffer] == [CONTEXT, CONTEXT]
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_an_int8_host_gives_the_same_from_an_arena_of_any_size(monkeypatch, tmp_path, place):
+    """And nearly that of the resident pool: prefixes that were read back are rounded."""
+    common = {"backend": "cpu", "min_context": 0, "recent_pages": 1, "group_pages": 1}
+    where = {"host_path": str(tmp_path)} if place == "disk" else {}
+    results = []
+    for frames in (None, PAGES * LAYERS, FEWEST + 5 * LAYERS):
+        changes = {} if frames is None else tiers(frames, host_dtype="int8", **where)
+        driver = Driver(make_backend(monkeypatch, **common, **changes))
+        results.append(outputs(driver))
+        pool = driver.backend.pool
+    for resident, large, small in zip(*results, strict=True):
+        assert torch.equal(large, small)
+        torch.testing.assert_close(large, resident, rtol=0.1, atol=0.05)
+    assert not all(map(torch.equal, results[0], results[1]))
+    assert pool.tier.tier.counters().loads > 0
+    assert pool.tier.check() == []
 
 
 def test_rows_are_summarised_as_the_resident_pools(pool):
@@ -173,7 +196,7 @@ def test_tiers_have_the_pages_of_the_pool_where_fewer_are_asked_for():
 def arguments(config, **changes):
     fields = {"attention_backend": "psa", "prefill_attention_backend": None, "page_size": PAGE}
     fields |= {"decode_attention_backend": None, "tp_size": 1, "dp_size": 1, "device": "cpu"}
-    fields |= {"max_total_tokens": None, **changes}
+    fields |= {"max_total_tokens": None, "max_running_requests": None, **changes}
     settings = {f"psa_{name}": value for name, value in config.as_dict().items()}
     return SimpleNamespace(**fields, **settings)
 
@@ -218,6 +241,8 @@ def test_capacity_is_that_of_the_host_tier():
     config = PSAConfig(**tiers())
     assert capacity(config) == (SLOTS, HOST)
     assert capacity(config, user_limit=64) == (64, HOST)
+    tokens, free = capacity(PSAConfig(**tiers(host_dtype="int8")))
+    assert 3 * SLOTS < tokens < 4 * SLOTS and free == HOST
     assert capacity(PSAConfig()) == (123, 7)
 
 
@@ -258,6 +283,9 @@ def test_tiers_that_cannot_work_are_refused_at_the_start(tmp_path):
         PSAConfig(**tiers(1, host_pool_bytes=3 * LAYERS * FRAME)),
     )
     refused("no file can be made there", PSAConfig(**tiers(host_path=str(tmp_path / "none"))))
+    int8 = PSAConfig(**tiers(FEWEST + 5 * LAYERS - 1, host_dtype="int8"))
+    refused("4 requests .* --max-running-requests to 3 or less", int8, max_running_requests=4)
+    check_tiers(int8, arguments(int8, max_running_requests=3), MODEL)
     uneven = PSAConfig(**tiers(FEWEST * LAYERS - 1, placement="even"))
     refused("placement='even' leaves .* or placement to demand", uneven)
     full = PSAConfig(**tiers(host_path=str(tmp_path), host_pool_bytes=1 << 60))

@@ -108,6 +108,11 @@ CASES: dict[str, tuple[str, str]] = {
         "--psa-device-pool-bytes 512K --psa-host-pool-bytes 512K",
         r"host_pool_bytes=524288: .*set host_pool_bytes to \d+ or more",
     ),
+    "pages that are not full on the device tier": (
+        "--psa-device-pool-bytes 1M --psa-host-pool-bytes 64M --psa-host-dtype int8 "
+        "--max-running-requests 16",
+        r"16 requests that run at once .*, --max-running-requests to \d+ or less, or host_dtype",
+    ),
     "host tier larger than the machine": (
         "--psa-device-pool-bytes 1M --psa-host-pool-bytes 1000000G",
         r"bytes of memory, the machine has .* or set host_path to a folder",

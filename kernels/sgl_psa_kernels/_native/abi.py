@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 
 OK = 0
 BAD_SEQ_LEN = 1
@@ -21,6 +21,7 @@ BAD_ROWS = 12
 SHORT_PAGE = 13
 GAP = 14
 HOST_STORE = 15
+NO_FRAME = 16
 
 # PsaTierCommand.
 TIER_RELEASE, TIER_CLEAR, TIER_VICTIMS, TIER_QUOTA = range(4)
@@ -169,8 +170,8 @@ class TierCreateArgs(ctypes.Structure):
 
     _fields_ = [
         *_fields(c_int32, "num_layers num_kv_heads head_dim page_size"),
-        *_fields(c_int32, "itemsize pipeline host_fd reserved"),
-        *_fields(c_int64, "num_pages num_frames"),
+        *_fields(c_int32, "dtype itemsize int8_host pipeline host_fd reserved"),
+        *_fields(c_int64, "num_pages num_frames record_bytes"),
         *_fields(c_void_p, "host k_frames v_frames"),
         *_fields(c_void_p, "frame_of owner saved filled stamp uses came busy tier"),
         ("error", TierError),

@@ -10,7 +10,7 @@ from sgl_psa_kernels._native.call import dtype_code, raise_status, require_cpu, 
 from sgl_psa_kernels._native.loader import load
 from sgl_psa_kernels.page_tier.host_store import HostStore, failure
 from sgl_psa_kernels.page_tier.shape import TierCounters, TierShape
-from sgl_psa_kernels.page_tier.tier import OP, PageTier
+from sgl_psa_kernels.page_tier.tier import OP, PageTier, no_frame
 from sgl_psa_kernels.progressive_decode.arguments import DecodeArguments
 from sgl_psa_kernels.progressive_decode.modes import NUM_STATS
 
@@ -28,18 +28,20 @@ class NativeTier(PageTier):
 
     def __init__(self, shape: TierShape, host: HostStore, pipeline: bool) -> None:
         super().__init__(shape, host)
-        dtype_code(OP, self.k_frames)
         self._library = load()
         args = abi.TierCreateArgs(
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             page_size=shape.page_size,
+            dtype=dtype_code(OP, self.k_frames),
             itemsize=shape.dtype.itemsize,
+            int8_host=shape.int8_host,
             pipeline=pipeline,
             host_fd=host.fd,
             num_pages=shape.num_pages,
             num_frames=shape.num_frames,
+            record_bytes=shape.record_bytes,
             host=host.pointer or None,
             k_frames=self.k_frames.data_ptr(),
             v_frames=self.v_frames.data_ptr(),
@@ -70,6 +72,8 @@ class NativeTier(PageTier):
                 f"{OP}: page {error.page} of layer {error.layer} holds {error.have} tokens, "
                 f"{error.want} are asked for"
             )
+        if status == abi.NO_FRAME:
+            raise RuntimeError(no_frame(error.layer, error.have))
         if status in (abi.GAP, abi.BAD_SLOT):
             slot = ctypes.cast(args.index, ctypes.POINTER(ctypes.c_int64))[error.index]
             if status == abi.BAD_SLOT:

@@ -3,9 +3,10 @@
 import torch
 
 from sgl_psa_kernels import checks
+from sgl_psa_kernels.page_tier import codec
 from sgl_psa_kernels.page_tier.host_store import HostStore, HostStoreError
 from sgl_psa_kernels.page_tier.shape import TierCounters, TierShape
-from sgl_psa_kernels.page_tier.tier import OP, PageTier
+from sgl_psa_kernels.page_tier.tier import OP, PageTier, no_frame
 from sgl_psa_kernels.progressive_decode.arguments import DecodeArguments
 from sgl_psa_kernels.progressive_decode.reference import progressive_decode
 
@@ -36,7 +37,10 @@ class ReferenceTier(PageTier):
         return (layer * self.shape.num_pages + page) * self.shape.record_bytes
 
     def _save(self, layer: int, page: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        record = torch.stack([k, v]).view(torch.uint8).flatten()
+        if self.shape.int8_host:
+            record = codec.encode(k, v)
+        else:
+            record = torch.stack([k, v]).view(torch.uint8).flatten()
         try:
             self.host.write(self._offset(layer, page), record)
         except HostStoreError as error:
@@ -60,7 +64,28 @@ class ReferenceTier(PageTier):
         except HostStoreError as error:
             self._failure = error
             raise
+        if self.shape.int8_host:
+            return codec.decode(data, self.shape)
         return data.view(self.shape.dtype).view(2, *self.shape.page_shape)
+
+    def _round(self, frame: int) -> None:
+        """A page that is full says in its frame what the host will."""
+        page = self.k_frames[frame], self.v_frames[frame]
+        self.k_frames[frame], self.v_frames[frame] = codec.decode(codec.encode(*page), self.shape)
+
+    def _open_frames(self) -> torch.Tensor:
+        """int64 [n], frames of pages that are not full."""
+        used = torch.nonzero(self.tables.owner >= 0).flatten()
+        filled = self.tables.filled.flatten()[self.tables.owner[used]]
+        return used[filled < self.shape.page_size]
+
+    def _require_frames(self, layer: int) -> None:
+        """An int8 host's open pages leave frames for a block of pages of the layer."""
+        frames = self._open_frames()
+        own = int((self.tables.owner[frames] // self.shape.num_pages == layer).sum())
+        room = min(self.shape.num_frames - len(frames), self._quota - own)
+        if room < self.shape.block_pages:
+            raise RuntimeError(no_frame(layer, len(frames)))
 
     def _allowed(self, frame: int, layer: int) -> bool:
         """Whether the layer may take the frame: a layer at its quota takes only its own."""
@@ -87,7 +112,10 @@ class ReferenceTier(PageTier):
             if clean and self._allowed(victim, layer):
                 return self._evict(victim)
         # In rotation: what is clean and was not attended, what is clean, anything.
-        for attended, dirty in ((False, False), (True, False), (True, True)):
+        passes = [(False, False), (True, False), (True, True)]
+        if self.shape.int8_host:  # what is dirty is not full
+            passes.pop()
+        for attended, dirty in passes:
             for _ in range(self.shape.num_frames):
                 victim = self._hand
                 self._hand = (victim + 1) % self.shape.num_frames
@@ -97,7 +125,7 @@ class ReferenceTier(PageTier):
                 if usable and (dirty or not self.tables.busy[victim]):
                     self._count["recycled"] += 1
                     return self._evict(victim)
-        raise AssertionError("a tier of the minimum size has a frame to take")
+        raise RuntimeError(no_frame(layer, len(self._open_frames())))
 
     def _evict(self, frame: int) -> int:
         layer, page = self._pages_of(frame)
@@ -162,6 +190,8 @@ class ReferenceTier(PageTier):
             self.k_frames[frame][:, start:end] = new_k
             self.v_frames[frame][:, start:end] = new_v
             self.tables.busy[frame] = 1
+            if full and self.shape.int8_host:
+                self._round(frame)
             if full:
                 self._save_frame(layer, page)
 
@@ -186,6 +216,8 @@ class ReferenceTier(PageTier):
         self, layer: int, step: int, arguments: DecodeArguments, stats: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         shape, page_table, seq_lens = self.shape, arguments.page_table, arguments.seq_lens
+        if shape.int8_host:
+            self._require_frames(layer)
         slots = (shape.num_pages * shape.page_size, shape.num_kv_heads, shape.head_dim)
         cache = torch.full((2, *slots), float("nan"), dtype=shape.dtype)
         in_use = {

@@ -18,6 +18,9 @@ class TierShape(NamedTuple):
         num_frames: frames on the device tier, each room for one page of one layer.
         page_size: tokens per page, a power of two.
         num_kv_heads, head_dim, dtype: of keys and values.
+        host_dtype: of the elements on the host: ``dtype`` (None: that too), or int8 with shared
+            exponents, see ``codec.py``. Under int8 a page is rounded when it is full, in its frame
+            too, and stays in a frame until then.
     """
 
     num_layers: int
@@ -27,6 +30,12 @@ class TierShape(NamedTuple):
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    host_dtype: torch.dtype | None = None
+
+    @property
+    def int8_host(self) -> bool:
+        """Whether the host has pages in int8."""
+        return self.host_dtype == torch.int8
 
     @property
     def page_shape(self) -> tuple[int, int, int]:
@@ -34,9 +43,17 @@ class TierShape(NamedTuple):
         return (self.num_kv_heads, self.page_size, self.head_dim)
 
     @property
-    def record_bytes(self) -> int:
-        """Bytes of one page of one layer, keys and values."""
+    def frame_bytes(self) -> int:
+        """Bytes of one page of one layer, keys and values, in a frame."""
         return 2 * math.prod(self.page_shape) * self.dtype.itemsize
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one page of one layer, keys and values, on the host."""
+        if not self.int8_host:
+            return self.frame_bytes
+        exponents = self.num_kv_heads * (self.head_dim + self.page_size)
+        return -(-(2 * math.prod(self.page_shape) + exponents) // 64) * 64
 
     @property
     def host_bytes(self) -> int:
@@ -44,9 +61,14 @@ class TierShape(NamedTuple):
         return self.num_layers * self.num_pages * self.record_bytes
 
     @property
+    def block_pages(self) -> int:
+        """Pages that attention takes together."""
+        return max(1, BLOCK_TOKENS // self.page_size)
+
+    @property
     def minimum_frames(self) -> int:
         """Frames without which attention cannot go on: two blocks of pages."""
-        return 2 * max(1, BLOCK_TOKENS // self.page_size)
+        return 2 * self.block_pages
 
 
 class TierTables(NamedTuple):
@@ -126,7 +148,7 @@ class TierCounters(NamedTuple):
         hits: pages attended by (row, KV head) pairs, without the ``loads`` that they waited for;
             hits / (hits + attended loads) is the hit rate.
         loads: pages brought from the host to a frame.
-        bytes_loaded, bytes_saved: between frames and host, both ways.
+        bytes_loaded, bytes_saved: between frames and host, both ways, as the host has them.
         bytes_in_vain: loaded to a frame that was given up before any head attended it.
         stall_ns: core nanoseconds of decode without anything to do but to wait for loads.
         evictions: frames taken from a page.

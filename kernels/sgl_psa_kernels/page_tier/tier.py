@@ -18,7 +18,9 @@ class PageTier(ABC):
 
     The host has every full page (it is saved when it fills), so its frame can be taken at no cost.
     A page that is not yet full lives in a frame and is saved when it fills or when its frame is
-    taken. One thread calls; nothing here is reentrant.
+    taken. With an int8 host its frame cannot be taken, and when it fills it is rounded before
+    anybody reads it; so frame and host say the same, and what is read does not depend on where a
+    page has been. One thread calls; nothing here is reentrant.
 
     Attributes:
         shape: sizes.
@@ -39,7 +41,7 @@ class PageTier(ABC):
     def _make_frames(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for the frames, [F, Hkv, page_size, D] each."""
         size = (self.shape.num_frames, *self.shape.page_shape)
-        half = self.shape.num_frames * self.shape.record_bytes // 2
+        half = self.shape.num_frames * self.shape.frame_bytes // 2
         k, v = (lazy_bytes(half).view(self.shape.dtype).view(size) for _ in range(2))
         return k, v
 
@@ -65,6 +67,8 @@ class PageTier(ABC):
         Raises:
             ValueError: bad arguments, or a slot whose page is not filled right up to it. Nothing
                 was written then.
+            RuntimeError: with an int8 host, all frames that the layer may take hold pages that are
+                not full. What comes before the page that needs one was written.
         """
         self._layer(layer)
         shape = self.shape
@@ -141,7 +145,8 @@ class PageTier(ABC):
 
         Raises:
             ValueError: as ``progressive_decode``.
-            RuntimeError: a page to attend holds fewer tokens than its row has in it.
+            RuntimeError: a page to attend holds fewer tokens than its row has in it; with an int8
+                host, pages that are not full leave fewer frames than a block of pages needs.
         """
         self._layer(layer)
         shape = self.shape
@@ -281,6 +286,15 @@ class PageTier(ABC):
             )
 
 
+def no_frame(layer: int, open_pages: int) -> str:
+    """The message of a call of an int8 host's tier that open pages leave no frames for."""
+    return (
+        f"{OP}: layer {layer} finds no frame: {open_pages} frames hold pages that are not full, "
+        "which an int8 host does not take; give the device tier more frames, or write to fewer "
+        "pages at a time"
+    )
+
+
 def _check_shape(shape: TierShape, host: HostStore) -> None:
     checks.check_page_size(OP, shape.page_size)
     checks.require(
@@ -296,9 +310,13 @@ def _check_shape(shape: TierShape, host: HostStore) -> None:
         f"{OP}: pages must be bfloat16, float16 or float32, got {shape.dtype}",
     )
     checks.require(
+        shape.host_dtype in (None, shape.dtype, torch.int8),
+        f"{OP}: the host has pages in {shape.dtype} or torch.int8, not {shape.host_dtype}",
+    )
+    checks.require(
         shape.num_frames >= shape.minimum_frames,
         f"{OP}: {shape.num_frames} frames are too few; attention needs {shape.minimum_frames} "
-        f"of {shape.record_bytes} bytes",
+        f"of {shape.frame_bytes} bytes",
     )
     checks.require(
         host.num_bytes >= shape.host_bytes,

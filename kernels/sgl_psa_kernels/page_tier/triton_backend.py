@@ -48,7 +48,7 @@ class TritonTier(PageTier):
     methods on any. The host store is memory, and is pinned as a whole.
 
     Raises:
-        ValueError: a host store that is a file.
+        ValueError: a host store that is a file, or an int8 host.
         RuntimeError: no CUDA device, or memory that cannot be pinned.
     """
 
@@ -60,6 +60,11 @@ class TritonTier(PageTier):
         streams: Streams | Inline | None = None,
     ) -> None:
         require(host.kind == "memory", f"{OP}: backend 'triton' needs a host store in memory")
+        require(
+            not shape.int8_host,
+            f"{OP}: backend 'triton' attends pages on the host where they lie, and reads no int8; "
+            "set the host's dtype to that of the pages, or use backend 'cpu'",
+        )
         device = torch.device("cpu")
         if not interpreted() and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())

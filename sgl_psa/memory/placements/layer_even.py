@@ -22,7 +22,7 @@ class LayerEven(Placement):
     def __init__(self, shape: TierShape) -> None:
         super().__init__(shape)
         if self.quota < shape.minimum_frames:
-            least = shape.num_layers * shape.minimum_frames * shape.record_bytes
+            least = shape.num_layers * shape.minimum_frames * shape.frame_bytes
             raise ConfigError(
                 f"placement='even' leaves {self.quota} of {shape.num_frames} frames to each of "
                 f"{shape.num_layers} layers, which need {shape.minimum_frames}; set "

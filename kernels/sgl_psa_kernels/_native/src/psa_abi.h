@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PSA_ABI_VERSION 7
+#define PSA_ABI_VERSION 8
 #define PSA_SKINNY_ROWS 8 /* most rows of psa_skinny_linear */
 #define PSA_EXPORT __attribute__((visibility("default")))
 
@@ -45,7 +45,8 @@ enum PsaStatus {
   PSA_BAD_ROWS = 12,
   PSA_SHORT_PAGE = 13,   /* a page holds fewer tokens than are asked for */
   PSA_GAP = 14,          /* a slot whose page is not filled up to it */
-  PSA_HOST_STORE = 15    /* a transfer failed, now or before */
+  PSA_HOST_STORE = 15,   /* a transfer failed, now or before */
+  PSA_NO_FRAME = 16      /* pages that are not full hold the frames */
 };
 
 enum PsaStat {
@@ -178,7 +179,8 @@ typedef struct {
 } PsaSkinnyLinearArgs;
 
 /* What went wrong in a tier. PSA_HOST_STORE: code is an errno, or 0 where the file ended.
- * PSA_SHORT_PAGE, PSA_GAP: page, how many tokens it has and how many it should have. */
+ * PSA_SHORT_PAGE, PSA_GAP: page, how many tokens it has and how many it should have. PSA_NO_FRAME:
+ * have: frames of pages that are not full. */
 typedef struct {
   int64_t index, offset, bytes;
   int32_t code, writing, layer, page, have, want;
@@ -187,8 +189,8 @@ typedef struct {
 /* A page tier on tables and frames that the caller owns; page_tier/shape.py describes them. */
 typedef struct {
   int32_t num_layers, num_kv_heads, head_dim, page_size;
-  int32_t itemsize, pipeline, host_fd, reserved; /* host_fd: -1 for memory */
-  int64_t num_pages, num_frames;
+  int32_t dtype, itemsize, int8_host, pipeline, host_fd, reserved; /* host_fd: -1 for memory */
+  int64_t num_pages, num_frames, record_bytes; /* of a page on the host */
   void *host, *k_frames, *v_frames;
   int32_t *frame_of;
   int64_t *owner;

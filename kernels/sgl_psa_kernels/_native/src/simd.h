@@ -89,6 +89,21 @@ inline uint32_t mask_of(I lanes) {
 #endif
 }
 inline bool any(I lanes) { return mask_of(lanes) != 0; }
+// lanes in -128..127
+inline void store_bytes(int8_t* p, I x) {
+#if PSA_WIDTH == 512
+  storeu(p, _mm512_cvtepi32_epi8((__m512i)x));
+#elif PSA_WIDTH == 256
+  const __m128i low = _mm256_castsi256_si128((__m256i)x);
+  const __m128i shorts = _mm_packs_epi32(low, _mm256_extracti128_si256((__m256i)x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(shorts, shorts));
+#elif defined(__SSE2__)
+  const __m128i shorts = _mm_packs_epi32((__m128i)x, (__m128i)x);
+  storeu(p, _mm_cvtsi128_si32(_mm_packs_epi16(shorts, shorts)));
+#else
+  for (int i = 0; i < LANES; i++) p[i] = (int8_t)x[i];
+#endif
+}
 inline F abs(F a) { return (F)((I)a & 0x7fffffff); }
 // to nearest, ties to even; |x| < 2^22
 inline F round_small(F x) { return (x + 12582912.0f) - 12582912.0f; }

@@ -2,7 +2,8 @@
 //
 // One thread calls; decode has threads of its own, and one copy thread loads and saves. All state is
 // used with the mutex held, but for the contents of frames: those of a frame that is being copied
-// belong to who copies, those of a pinned one are only read.
+// belong to who copies, those of a pinned one are only read. With an int8 host, the frame of an open
+// page is not taken, and a page is rounded when it fills, before it is saved.
 #pragma once
 
 #include <condition_variable>
@@ -28,6 +29,7 @@ struct Frame {
   bool fresh = false;   // loaded, and no head has attended it yet
   uint32_t call = 0;    // decode call that loaded it
   bool saving = false;  // on the queue of saves
+  bool open = false;    // its page is not full
   int pins = 0;
   int waiting = 0;      // threads to wake when it is ready
   uint32_t epoch = 0;   // in which it was attended last
@@ -77,6 +79,7 @@ class Tier {
   void unpin(int frame);
   void enter(int64_t record, int frame);  // state READY
   void leave(int frame);                  // not on the free list yet
+  void set_open(int frame, bool open);
   void free_frame(int frame);
   int take_free(int layer);   // -1: there is none for this layer
   // A frame for the layer from whoever has one. -1: wait for an event and try again; ahead: there
@@ -84,6 +87,9 @@ class Tier {
   int take(int layer, bool ahead = false);
   bool takeable(int frame, int layer) const;
   bool expected(int frame) const;
+  // Frames that the layer may have for pages that can leave again.
+  int64_t room(int layer) const;
+  [[noreturn]] void no_frame(int layer) const;
   void evict(int frame);
   void forget(Lock& lock, int64_t record);
   void settle(Lock& lock, int64_t record);
@@ -97,6 +103,7 @@ class Tier {
   void cancel_ahead();
   void start_save(int frame);
   void save_now(int64_t record, int frame);
+  void saved_now(int64_t record, int frame);
   void load_now(Lock& lock, int64_t record, int frame);
   bool load_one(Lock& lock);
   void finish_loads(Lock& lock);
@@ -126,6 +133,8 @@ class Tier {
   std::vector<Frame> frames_;
   std::vector<int> free_;
   std::vector<int> held_;  // frames of each layer
+  std::vector<int> open_;  // those of pages that are not full
+  int64_t all_open_ = 0;
   int64_t quota_;
   std::vector<int32_t> order_;
   std::vector<int64_t> cursors_;  // per row of order_
@@ -147,6 +156,7 @@ class Tier {
   int sleepers_ = 0, event_waiters_ = 0;
   uint64_t events_ = 0;
   uint32_t ticket_ = 0;
+  std::unique_ptr<char[]> page_;  // of write_whole, to an int8 host in memory
   std::vector<std::unique_ptr<char[]>> buffers_;
   std::vector<int> free_buffers_;
   bool failed_ = false;

@@ -131,7 +131,7 @@ void Tier::load_now(Lock& lock, int64_t record, int frame) {
   f.state = Frame::READY;
   if (!f.pins) ahead_frames_--;
   count_[LOADS]++;
-  count_[BYTES_LOADED] += 2 * half_bytes_;
+  count_[BYTES_LOADED] += io_.record_bytes();
   sync_busy(frame);
   progress(f.waiting);
 }
@@ -139,7 +139,11 @@ void Tier::load_now(Lock& lock, int64_t record, int frame) {
 void Tier::save_now(int64_t record, int frame) {
   PsaTierError error;
   io_.save(record, keys(frame), values(frame), error);  // to memory
-  count_[BYTES_SAVED] += 2 * half_bytes_;
+  saved_now(record, frame);
+}
+
+void Tier::saved_now(int64_t record, int frame) {
+  count_[BYTES_SAVED] += io_.record_bytes();
   a_.saved[record] = a_.filled[record];
   sync_busy(frame);
 }
@@ -167,7 +171,7 @@ void Tier::save_one(Lock& lock) {
   saving_--;
   if (from) free_buffers_.push_back(save.buffer);
   if (!saved) return fail(error);
-  count_[BYTES_SAVED] += 2 * half_bytes_;
+  count_[BYTES_SAVED] += io_.record_bytes();
   a_.saved[save.record] = save.tokens;
   if (!from) {
     frames_[save.frame].saving = false;

@@ -12,7 +12,7 @@ constexpr int FIBERS = 8;  // of a thread: how many tasks may wait while another
 DecodeCrew::DecodeCrew(Tier& tier, int layer, int step, int threads, int tasks, Run run,
                        void* context)
     : tier_(tier), layer_(layer), step_(step), tasks_(tasks), run_(run), context_(context) {
-  tier_.budget_ = std::min<int64_t>(tier_.a_.num_frames, tier_.quota_);
+  tier_.budget_ = tier_.room(layer);
   tier_.all_attended_ = false;
   tier_.call_++;
   auto& fibers = tier_.fibers_->threads;

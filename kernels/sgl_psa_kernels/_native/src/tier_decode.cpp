@@ -60,6 +60,7 @@ void Tier::decode(PsaTierDecodeArgs& args) {
   {
     const Lock lock(mutex_);
     require_whole();
+    if (room(args.layer) < block_pages(args.decode.rows)) no_frame(args.layer);
   }
   const bool known = with_dtype(args.decode.rows.dtype, [&](auto* type) {
     run<std::remove_pointer_t<decltype(type)>>(*this, args, fibers_->shared);

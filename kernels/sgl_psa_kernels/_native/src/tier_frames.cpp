@@ -1,5 +1,6 @@
 // Frames of a page tier: who has them, who may take them.
 #include <algorithm>
+#include <numeric>
 
 #include "fiber.h"
 #include "tier.h"
@@ -11,9 +12,10 @@ Tier::Tier(const PsaTierCreateArgs& args)
       k_frames_(static_cast<char*>(args.k_frames)),
       v_frames_(static_cast<char*>(args.v_frames)),
       half_bytes_((int64_t)args.num_kv_heads * args.page_size * args.head_dim * args.itemsize),
-      io_(args.host, args.host_fd, half_bytes_),
+      io_(args, half_bytes_),
       frames_(args.num_frames),
       held_(args.num_layers),
+      open_(args.num_layers),
       quota_(args.num_frames),
       cursors_(1),
       simulated_(args.num_pages, -1),
@@ -61,19 +63,41 @@ void Tier::enter(int64_t record, int frame) {
   a_.came[frame] = ++came_;
   a_.uses[frame] = 0;
   held_[layer_of(record)]++;
+  set_open(frame, a_.filled[record] < a_.page_size);
   sync_busy(frame);
 }
 
 void Tier::leave(int frame) {
   Frame& f = frames_[frame];
   const int64_t record = a_.owner[frame];
-  if (f.fresh && f.state == Frame::READY) count_[BYTES_IN_VAIN] += 2 * half_bytes_;
+  if (f.fresh && f.state == Frame::READY) count_[BYTES_IN_VAIN] += io_.record_bytes();
+  set_open(frame, false);
   f.fresh = false;
   f.state = Frame::FREE;
   a_.frame_of[record] = -1;
   a_.owner[frame] = -1;
   a_.uses[frame] = a_.busy[frame] = 0;
   held_[layer_of(record)]--;
+}
+
+// The frame has an owner.
+void Tier::set_open(int frame, bool open) {
+  const int change = (int)open - (int)frames_[frame].open;
+  frames_[frame].open = open;
+  open_[layer_of(a_.owner[frame])] += change;
+  all_open_ += change;
+}
+
+int64_t Tier::room(int layer) const {
+  if (!a_.int8_host) return std::min<int64_t>(a_.num_frames, quota_);
+  return std::min(a_.num_frames - all_open_, quota_ - open_[layer]);
+}
+
+void Tier::no_frame(int layer) const {
+  PsaTierError error{};
+  error.layer = layer;
+  error.have = (int32_t)all_open_;
+  throw TierFailure{PSA_NO_FRAME, error};
 }
 
 void Tier::free_frame(int frame) {
@@ -124,7 +148,7 @@ int Tier::take(int layer, bool ahead) {
       if (pass < 1 && frames_[frame].epoch == epoch_) continue;
       if (pass < 2 && expected(frame)) continue;
       if (dirty(frame)) {
-        if (pass < 3) continue;
+        if (pass < 3 || a_.int8_host) continue;
         if (!io_.in_memory()) {
           // A full page that is being saved is clean soon.
           if (saves_.empty() && !saving_) start_save(frame);
@@ -188,6 +212,7 @@ int Tier::check() const {
     if (f.pins || f.waiting || f.saving) problems |= 1;
     if (owned) held[layer_of(a_.owner[i])]++;
     if (owned != (f.state == Frame::READY)) problems |= 16;
+    if (f.open != (owned && a_.filled[a_.owner[i]] < a_.page_size)) problems |= 8;
   }
   if (reserved_ || ahead_frames_ || copying_ || saving_ || saves_first_) problems |= 1;
   if (!saves_.empty() || free_buffers_.size() != buffers_.size()) problems |= 2;
@@ -197,7 +222,7 @@ int Tier::check() const {
   }
   const auto owned = std::count_if(a_.owner, a_.owner + a_.num_frames, [](int64_t r) { return r >= 0; });
   if ((int64_t)free_.size() + owned != a_.num_frames) problems |= 4;
-  if (held != held_) problems |= 8;
+  if (held != held_ || std::accumulate(open_.begin(), open_.end(), 0) != all_open_) problems |= 8;
   return problems;
 }
 

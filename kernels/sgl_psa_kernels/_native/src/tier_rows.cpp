@@ -99,6 +99,7 @@ void Tier::write_run(const PsaTierRowsArgs& args, int64_t first, int start, int 
     if (frame < 0) return write_whole(lock, args, first, record);
   } else {
     while (frame < 0 && (frame = take(args.layer)) < 0) {
+      if (room(args.layer) < 1) no_frame(args.layer);
       wait(lock);
       require_whole();
     }
@@ -121,8 +122,23 @@ void Tier::write_run(const PsaTierRowsArgs& args, int64_t first, int start, int 
   rows.put(values(frame), start, count,
            static_cast<const char*>(args.v) + first * args.v_token_stride * size,
            args.v_token_stride * size, args.v_head_stride * size);
+  const bool full = start + count == a_.page_size;
+  const bool rounded = full && a_.int8_host;
+  if (rounded) {
+    PsaTierError error;
+    if (io_.in_memory()) {
+      io_.save(record, keys(frame), values(frame), error);
+      io_.load(record, keys(frame), values(frame), error);
+    } else {
+      io_.round(keys(frame), values(frame));
+    }
+  }
   lock.lock();
-  if (start + count == a_.page_size) start_save(frame);
+  set_open(frame, !full);
+  if (rounded && io_.in_memory())
+    saved_now(record, frame);
+  else if (full)
+    start_save(frame);
 }
 
 // A whole page that gets no frame.
@@ -131,17 +147,20 @@ void Tier::write_whole(Lock& lock, const PsaTierRowsArgs& args, int64_t first, i
   const int buffer = io_.in_memory() ? -1 : take_buffer(lock);
   a_.filled[record] = a_.page_size;
   lock.unlock();
-  char* k = buffer < 0 ? io_.keys(record) : buffers_[buffer].get();
+  if (!page_ && buffer < 0 && !io_.addressable()) page_.reset(new char[2 * half_bytes_]);
+  char* k = buffer >= 0 ? buffers_[buffer].get() : page_ ? page_.get() : io_.keys(record);
   char* v = k + half_bytes_;
   const PageRows rows = page_rows(a_);
   rows.put(k, 0, a_.page_size, static_cast<const char*>(args.k) + first * args.k_token_stride * size,
            args.k_token_stride * size, args.k_head_stride * size);
   rows.put(v, 0, a_.page_size, static_cast<const char*>(args.v) + first * args.v_token_stride * size,
            args.v_token_stride * size, args.v_head_stride * size);
+  PsaTierError error;
+  if (page_) io_.save(record, k, v, error);
   lock.lock();
   if (buffer < 0) {
     a_.saved[record] = a_.page_size;
-    count_[BYTES_SAVED] += 2 * half_bytes_;
+    count_[BYTES_SAVED] += io_.record_bytes();
   } else {
     saves_.push_back({record, -1, buffer, a_.page_size});
     wake_copier();
@@ -187,7 +206,7 @@ void Tier::gather(PsaTierRowsArgs& args) {
     const char *k, *v;
     if (frame >= 0) {
       k = keys(frame), v = values(frame);
-    } else if (io_.in_memory()) {
+    } else if (io_.addressable()) {
       k = io_.keys(record), v = io_.values(record);
     } else {
       if (!record_bytes) record_bytes.reset(new char[2 * half_bytes_]);
