@@ -157,7 +157,8 @@ async def closed_loop(url: str, asks: Sequence[Ask], concurrency: int, name: str
 
         async def one() -> None:
             for number, ask in waiting:
-                answers[number] = await stream(client, url, ask, f"{name}-{number}")
+                # An abort ends every request whose name begins with its own.
+                answers[number] = await stream(client, url, ask, f"{name}-{number:06}")
 
         await asyncio.gather(*(one() for _ in range(concurrency)))
     return [answers[number] for number in range(len(asks))]

@@ -103,7 +103,8 @@ class Tally:
             self.problem(
                 f"wrong answer to a prompt of {len(answer.ask.ids)} tokens: {same} of "
                 f"{answer.ask.new_tokens} tokens are right; {answer.error or 'no error'}; rule "
-                f"{dict(answer.ask.rule)}, {answer.meta.get('num_retractions')} retractions"
+                f"{dict(answer.ask.rule)}, {answer.meta.get('num_retractions')} retractions, "
+                f"ended by {answer.meta.get('finish_reason')}"
             )
 
 
@@ -147,7 +148,8 @@ async def phase(
 
         async def one(number: int) -> None:
             asked = ask(rng, known)
-            answer = await stream(client, url, asked, f"{name}-{number}")
+            # An abort ends every request whose name begins with its own.
+            answer = await stream(client, url, asked, f"{name}-{number:06}")
             tally.add(answer, wanted[asked.ids, asked.rule])
 
         number, gap = 0, _GAPS[0]

@@ -18,6 +18,7 @@ class Tier:
 
     def __init__(self, frames):
         self.sizes = SimpleNamespace(num_frames=frames, num_layers=LAYERS)
+        self.tier = SimpleNamespace(shape=None)
         self.asked = []
         self.waited = 0
 
