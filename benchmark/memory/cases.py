@@ -46,7 +46,7 @@ def cases(kilotokens: int, rounds: int) -> tuple[Case, ...]:
     def documents(writer: Writer) -> Trace:
         tokens = 768 * kilotokens
         return traces.documents(
-            writer, count=16, questions=3, tokens=tokens, new=32, clients=16, rounds=1
+            writer, count=16, questions=6, tokens=tokens, new=32, clients=16, rounds=1
         )
 
     def distinct(writer: Writer) -> Trace:

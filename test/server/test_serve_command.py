@@ -1,4 +1,5 @@
-"""``python -m sglang_psa.serve``, what ``make serve`` runs: the model's own dtype and defaults."""
+"""``python -m sglang_psa.serve``, what ``make serve`` runs: the model's own dtype and defaults, but
+for the pool, which would take the memory of servers that other tests start meanwhile."""
 
 import signal
 import time
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.server
 
 @pytest.fixture(scope="module")
 def served(logs: Path) -> Iterator[Server]:
-    options = ["--sleep-on-idle"]
+    options = ["--sleep-on-idle", "--max-total-tokens", "32768"]
     process = Server("serve", options, logs / "serve.log", module="sglang_psa.serve")
     with running(process):
         yield process
