@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -192,6 +193,20 @@ class Server(Process):
         assert response.status_code == 200, response.text
         stats: dict[str, Any] = response.json()
         return stats
+
+    def memory_problems(self) -> list[str]:
+        """What the tiers say of themselves once nothing runs, or why they do not."""
+        self.wait_idle()
+        end = time.monotonic() + STOP_SECONDS
+        # Requests that are done may not be quite gone yet.
+        while (response := self.get("/psa/memory/check")).status_code == HTTPStatus.CONFLICT:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        if response.status_code != HTTPStatus.OK:
+            return [f"HTTP {response.status_code}: {response.text[:300]}"]
+        found: list[str] = response.json()["problems"]
+        return found
 
     def load(self) -> dict[str, Any]:
         """What SGLang says about its queues and its pool."""

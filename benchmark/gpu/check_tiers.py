@@ -17,7 +17,6 @@ import json
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,23 +63,10 @@ def ask(server: Server, asked: Sequence[list[int]]) -> list[list[int]]:
         for answer in server.together(asked, **sampling):
             assert len(answer["output_ids"]) == NEW_TOKENS, answer["meta_info"]
     if server.stats().get("memory") is not None:
-        problems = contradictions(server)
+        problems = server.memory_problems()
         assert not problems, problems
     server.assert_no_leak()
     return answers
-
-
-def contradictions(server: Server) -> list[str]:
-    """What the tiers of an idle server find wrong with themselves."""
-    server.wait_idle()
-    for _ in range(50):  # It is idle a moment after its last answer.
-        checked = server.get("/psa/memory/check")
-        if checked.status_code != 409:
-            break
-        time.sleep(0.2)
-    assert checked.status_code == 200, checked.text
-    found: list[str] = checked.json()["problems"]
-    return found
 
 
 def first_difference(got: list[list[int]], want: list[list[int]]) -> str | None:

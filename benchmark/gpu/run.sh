@@ -3,8 +3,8 @@
 #
 #     MODEL=FOLDER sh benchmark/gpu/run.sh [FOLDER FOR RESULTS, default out] [STAGE]
 #
-# Stages: ops, memory, serving. Without a stage, all of them. The checks, the operators and the tier of pages on the host (memory:
-# 10 GiB of RAM that can be pinned) need torch and triton; FlashInfer, FlashAttention 3 and SGLang's
+# Stages: ops, memory, serving. Without a stage, all of them. The checks, the operators and the tier
+# of pages on the host (memory: 10 GiB of RAM that can be pinned) need torch and triton; FlashInfer, FlashAttention 3 and SGLang's
 # kernels are peers where they are installed. Whole servers need SGLang and this project
 # (pip install .) and are left out where they are missing. Under memory they serve the model in
 # MODEL (weights and tokenizer; without it, the embedded one): over two tiers the greedy tokens must

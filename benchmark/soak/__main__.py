@@ -23,7 +23,6 @@ import signal
 import sys
 import tempfile
 import time
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ HOST_TOKENS, ARENA = 12288, 0.2
 CLIENTS = 8
 _PHASE_SECONDS = (15.0, 60.0)
 _FLUSH_AFTER = 0.5
-_IDLE_SECONDS = 30.0
 CHECKS = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
@@ -107,26 +105,11 @@ def right_answers(server: Server, asked: list[tuple[int, ...]]) -> Wanted:
     return {(answer.ask.ids, answer.ask.rule): answer.ids for answer in answers}
 
 
-def memory_problems(server: Server) -> list[str]:
-    """What the tiers of an idle server say of themselves."""
-    server.wait_idle()
-    end = time.monotonic() + _IDLE_SECONDS
-    # Requests that are done may not be quite gone yet.
-    while (response := server.get("/psa/memory/check")).status_code == HTTPStatus.CONFLICT:
-        if time.monotonic() > end:
-            break
-        time.sleep(0.1)
-    if response.status_code != HTTPStatus.OK:
-        return [f"HTTP {response.status_code}: {response.text[:300]}"]
-    found: list[str] = response.json()["problems"]
-    return found
-
-
 def check(server: Server, flush: bool, tally: Tally) -> None:
     """The books of an idle server."""
     tally.checks += 1
     try:
-        for problem in memory_problems(server):
+        for problem in server.memory_problems():
             tally.problem(f"/psa/memory/check: {problem}")
         if flush:
             server.flush()

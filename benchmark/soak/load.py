@@ -95,7 +95,7 @@ class Tally:
         self.cached_tokens += answer.meta.get("cached_tokens") or 0
         if _right(answer, wanted):
             return
-        if _may_differ(answer):
+        if _may_differ(answer) and answer.ids[:1] == list(wanted[: len(answer.ids[:1])]):
             self.resumed_otherwise += 1
         else:
             pairs = enumerate(zip(answer.ids, wanted, strict=False))

@@ -34,6 +34,15 @@ class Chunk(NamedTuple):
     pages: torch.Tensor | None
 
 
+class Rows(NamedTuple):
+    """New rows of a chunk: q [S, Hq, D], k and v [S, Hkv, D]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    sm_scale: float
+
+
 class Prefill:
     """The chunks of the batch that is being prefilled, over a pool.
 
@@ -54,7 +63,7 @@ class Prefill:
         self.backend = kernels(config)
         self._attention = choose(config, pool.device)
         self._chunks: list[Chunk] = []
-        self._attend: Callable[..., torch.Tensor] = self._from_buffers
+        self._attend: Callable[[int, Chunk, Rows], torch.Tensor] = self._from_buffers
         if pool.tier is not None and self._attention is fused:
             pool.tier.reserve(min(req_to_token.shape[1], pool.size))
             self._attend = self._from_tier
@@ -92,20 +101,14 @@ class Prefill:
         used = 0
         for chunk in self._chunks:
             rows = slice(chunk.start, chunk.stop)
-            out[rows] = self._attend(layer_id, chunk, q[rows], k[rows], v[rows], sm_scale)
+            new = Rows(q[rows], k[rows], v[rows], sm_scale)
+            out[rows] = self._attend(layer_id, chunk, new)
             used = chunk.stop
         out[used:].zero_()
         return out
 
-    def _from_buffers(
-        self,
-        layer_id: int,
-        chunk: Chunk,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sm_scale: float,
-    ) -> torch.Tensor:
+    def _from_buffers(self, layer_id: int, chunk: Chunk, new: Rows) -> torch.Tensor:
+        q, k, v, sm_scale = new
         k_prefix = v_prefix = None
         if chunk.pages is not None:
             k_prefix, v_prefix = (
@@ -116,30 +119,16 @@ class Prefill:
             )
         return self._attention(q, k_prefix, v_prefix, k, v, sm_scale)
 
-    def _from_tier(
-        self,
-        layer_id: int,
-        chunk: Chunk,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sm_scale: float,
-    ) -> torch.Tensor:
+    def _from_tier(self, layer_id: int, chunk: Chunk, new: Rows) -> torch.Tensor:
+        q, k, v, sm_scale = new
         assert self.pool.tier is not None
         if chunk.pages is not None:
             index = layer_id - self.pool.start_layer
             k, v = self.pool.tier.prefix_and_rows(index, chunk.pages, chunk.prefix_len, k, v)
         return self._attention(q, None, None, k, v, sm_scale)
 
-    def _from_blocks(
-        self,
-        layer_id: int,
-        chunk: Chunk,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sm_scale: float,
-    ) -> torch.Tensor:
+    def _from_blocks(self, layer_id: int, chunk: Chunk, new: Rows) -> torch.Tensor:
+        q, k, v, sm_scale = new
         assert self.pool.tier is not None
         blocks: Any = ()
         if chunk.pages is not None:

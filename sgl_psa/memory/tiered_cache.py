@@ -10,8 +10,6 @@ import torch
 from sgl_psa_kernels.page_tier import (
     HostStore,
     PageTier,
-    TierCounters,
-    TritonTier,
     make_tier,
 )
 
@@ -260,20 +258,8 @@ class TieredCache:
         """Nanoseconds of one core that decode has waited for pages since start. On a CUDA device,
         where attention reads pages without frame over the link, the time that the link takes."""
         counters = self.tier.counters()
-        if isinstance(self.tier, TritonTier):
-            return counters.bytes_read_through // LINK_BYTES_PER_NS
-        return counters.stall_ns // torch.get_num_threads()
-
-    def _misses(self, counters: TierCounters) -> int:
-        """Pages attended, by (row, KV head) pairs, that had no frame."""
-        if isinstance(self.tier, TritonTier):
-            # Each pair reads its own head.
-            return (
-                counters.bytes_read_through
-                * self.tier.shape.num_kv_heads
-                // self.tier.shape.record_bytes
-            )
-        return counters.loads - counters.bytes_in_vain // self.tier.shape.record_bytes
+        through = counters.bytes_read_through // LINK_BYTES_PER_NS
+        return through + counters.stall_ns // torch.get_num_threads()
 
     def snapshot(self) -> dict[str, Any]:
         """The JSON of ``memory`` in ``GET /psa/stats``; totals are since start.
@@ -286,7 +272,7 @@ class TieredCache:
         shape = self.tier.shape
         frames = residency.frames_by_layer().tolist()
         working = residency.working_set_by_layer()
-        misses = self._misses(counters)
+        misses = self.tier.misses(counters)
         attended = counters.hits + misses
         return {
             "placement": self.placement.name,

@@ -80,6 +80,7 @@ def test_answers_may_end_only_where_their_client_left(ids, left, right) -> None:
         (load.SPARSE, {"num_retractions": 0}, [1, 3, 3], True),
         (load.SPARSE, {"num_retractions": 2}, [1, 3, 3], False),
         (load.SPARSE, {"num_retractions": 2}, [1, 3], True),
+        (load.SPARSE, {"num_retractions": 2}, [3, 2, 3], True),
         (load.SPARSE, {}, [1, 3, 3], False),
     ],
 )

@@ -144,9 +144,7 @@ def test_rules_mix_whatever_the_arena(fraction: float, pipeline: bool, host: str
     if not pipeline:
         assert counters.bytes_in_vain == 0
     if fraction >= ONE_LAYER:
-        # Each page once, if the prefill left it without frame.
-        in_vain = counters.bytes_in_vain // tier.shape.record_bytes
-        assert counters.loads - in_vain <= batch.num_pages
+        assert counters.loads <= batch.num_pages  # those that the prefill left without frame
     tier.close()
 
 

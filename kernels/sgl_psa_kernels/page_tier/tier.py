@@ -1,6 +1,7 @@
 """The page tier: what both implementations share, and the checks of their arguments."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
@@ -114,24 +115,9 @@ class PageTier(ABC):
         self,
         layer: int,
         step: int,
-        q: torch.Tensor,
-        page_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        log_mass: torch.Tensor | None,
-        mode: torch.Tensor,
-        threshold: torch.Tensor,
-        kappa_floor: torch.Tensor,
-        kappa_std: torch.Tensor,
-        *,
-        sm_scale: float,
-        sink_pages: int,
-        recent_pages: int,
-        group_pages: int,
-        first_pages: torch.Tensor | None = None,
-        attended: torch.Tensor | None = None,
-        kappa_start: torch.Tensor | None = None,
-        residuals: torch.Tensor | None = None,
+        *given: Any,
         stats: torch.Tensor | None = None,
+        **named: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """:func:`progressive_decode` over pages of a layer; what it needs is loaded.
 
@@ -141,7 +127,7 @@ class PageTier(ABC):
         Args:
             step: running number of the decode step, >= 1, for ``tables.stamp``.
             stats: float32 [B, Hkv, 6], contiguous; written and returned if given.
-            The others: as in ``progressive_decode``.
+            given, named: those of ``DecodeArguments``, as in ``progressive_decode``.
 
         Raises:
             ValueError: as ``progressive_decode``.
@@ -151,27 +137,10 @@ class PageTier(ABC):
         self._layer(layer)
         shape = self.shape
         checks.require(1 <= step < 2**31, f"{OP}: step must be 1..2^31-1, got {step}")
-        arguments = DecodeArguments(
-            q,
-            page_table,
-            seq_lens,
-            log_mass,
-            mode,
-            threshold,
-            kappa_floor,
-            kappa_std,
-            sm_scale,
-            sink_pages,
-            recent_pages,
-            group_pages,
-            first_pages,
-            attended,
-            kappa_start,
-            residuals,
-        )
+        arguments = DecodeArguments(*given, **named)
         arguments.check(OP, shape.dtype, shape.num_kv_heads, shape.head_dim)
         if stats is not None:
-            want = (len(q), shape.num_kv_heads, NUM_STATS)
+            want = (len(arguments.q), shape.num_kv_heads, NUM_STATS)
             checks.check_tensor(OP, "stats", stats, torch.float32, want)
         return self._decode(layer, step, arguments, stats)
 
@@ -236,6 +205,10 @@ class PageTier(ABC):
     @abstractmethod
     def counters(self) -> TierCounters:
         """Running totals."""
+
+    def misses(self, counters: TierCounters) -> int:
+        """Pages attended, by (row, KV head) pairs, that had no frame."""
+        return counters.loads - counters.bytes_in_vain // self.shape.record_bytes
 
     @abstractmethod
     def check(self) -> list[str]:

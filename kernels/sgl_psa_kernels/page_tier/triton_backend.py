@@ -207,6 +207,10 @@ class TritonTier(PageTier):
             bytes_read_through=traffic.through * size // self.shape.num_kv_heads,
         )
 
+    def misses(self, counters: TierCounters) -> int:
+        """Each pair reads its own head through the link."""
+        return counters.bytes_read_through * self.shape.num_kv_heads // self.shape.record_bytes
+
     def check(self) -> list[str]:
         self.drain()
         problems = self.tables.check(self.shape.page_size) + self.traffic.book.check()
