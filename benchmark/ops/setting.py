@@ -11,7 +11,7 @@ from sgl_psa_kernels._native import native_available
 from benchmark.ops.keys import mixed
 from sgl_psa.backends import resolve_backend
 from sgl_psa.config import PSAConfig
-from sgl_psa.huge_pages import zero_in_huge_pages
+from sgl_psa.kv_layout import zeros_heads_first
 from sgl_psa.scorers import CacheShape, Scorer, make_scorer
 from sgl_psa.scorers.base import PageBatch
 
@@ -72,8 +72,7 @@ class Setting:
     def _pool(self, rows: torch.Tensor) -> torch.Tensor:
         heads = self.heads
         slots = (self.page_table.numel() + 1) * heads.page
-        pool = torch.empty(slots, heads.kv, heads.dim, dtype=rows.dtype)
-        zero_in_huge_pages(pool)
+        pool = zeros_heads_first(slots, heads.kv, heads.dim, rows.dtype, "cpu")
         for row in self.slots:
             pool[row] = rows
         return pool

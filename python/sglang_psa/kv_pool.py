@@ -1,7 +1,7 @@
 """SGLang's KV pool with page summaries, written wherever K and V are written.
 
-The buffers are SGLang's own, slot for slot, so any of its prefill backends can read and write
-them. The summaries belong to the pool and not to the attention backend, because every write of K
+The buffers have the shape of SGLang's own, so any of its prefill backends can read and write them;
+on CPUs their heads lie apart in memory (:mod:`sgl_psa.kv_layout`). The summaries belong to the pool and not to the attention backend, because every write of K
 passes here while a backend that only decodes never sees prefill.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 from sgl_psa.backends import resolve_backend
 from sgl_psa.config import PSAConfig
-from sgl_psa.huge_pages import zero_in_huge_pages
+from sgl_psa.kv_layout import zeros_heads_first
 from sgl_psa.scorers import CacheShape, Scorer
 from sgl_psa.summaries import make_summaries
 from sglang_psa.compat import MHATokenToKVPool
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PSAKVPool(MHATokenToKVPool):
-    """``MHATokenToKVPool`` in slot order (NHD) plus the summaries of all its layers.
+    """``MHATokenToKVPool``, indexed by slot, plus the summaries of all its layers.
 
     Attributes:
         tier: where K and V are when not all of them are in memory, else ``None``.
@@ -43,9 +43,20 @@ class PSAKVPool(MHATokenToKVPool):
 
     def _create_buffers(self) -> None:
         super()._create_buffers()
-        for buffer in (*self.k_buffer, *self.v_buffer):
-            zero_in_huge_pages(buffer)
         self._create_summaries()
+
+    def _create_buffers_normal(self) -> None:
+        if torch.device(self.device).type != "cpu":
+            super()._create_buffers_normal()
+            return
+        slots = self.size + self.page_size
+        self.k_buffer, self.v_buffer = (
+            [
+                zeros_heads_first(slots, self.head_num, dim, self.store_dtype, self.device)
+                for _ in range(self.layer_num)
+            ]
+            for dim in (self.head_dim, self.v_head_dim)
+        )
 
     def _create_summaries(self) -> CacheShape:
         """Choose the kernels and allocate the summaries of every logical page."""

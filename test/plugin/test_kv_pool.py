@@ -36,6 +36,12 @@ def test_every_write_is_summarised(pool):
     assert pool.scorer.watermark[0].sum() == 0
 
 
+def test_heads_lie_apart(pool):
+    for buffer in (*pool.k_buffer, *pool.v_buffer):
+        assert buffer.shape == (pool.size + PAGE, KV_HEADS, DIM)
+        assert buffer.stride() == (DIM, (pool.size + PAGE) * DIM, 1)
+
+
 def test_reused_page_starts_anew(pool):
     write(pool, page(3))
     write(pool, page(3, 2))

@@ -51,8 +51,8 @@ struct Block {
 
 // Pages are attended in blocks of about this many tokens, to spread the cost of a softmax step.
 constexpr int BLOCK_TOKENS = 64;
-// Tokens whose values are added before the next head's turn.
-constexpr int VALUE_TOKENS = 8;
+// Tokens whose values are added before the next head's turn: a head alone has no other to wait for.
+constexpr int VALUE_TOKENS_ONE_HEAD = 16, VALUE_TOKENS_ALL_HEADS = 8;
 // Distance in tokens between what is attended and what is brought to L2, first keys, then values,
 // then the next block's keys. A row takes about a tenth of the latency of memory.
 constexpr int AHEAD_ONE_HEAD = 32, AHEAD_ALL_HEADS = 8;
@@ -87,6 +87,18 @@ struct BlockSpace {
 template <class T>
 __attribute__((always_inline)) inline void prefetch_row(const T* row, int dim) {
   prefetch_range(row, dim * (int)sizeof(T));
+}
+
+// Has the addresses of a block translated. A prefetch that has to wait for a translation keeps the
+// arithmetic behind it waiting, too; side by side such prefetches wait together. The rows named are
+// the first ones of all pages of memory where a head's rows follow each other.
+template <class T>
+inline void translate(const Block<T>& b, int dim) {
+  const int rows = std::max(1, 4096 / (dim * (int)sizeof(T)));
+  for (int t = 0; t < b.tokens; t += rows) {
+    prefetch_l2(b.k[t]);
+    prefetch_l2(b.v[t]);
+  }
 }
 
 // logits[g][0 .. 4) of four rows for GB heads; DT = head_dim at compile time or 0. Row stride of
@@ -279,6 +291,8 @@ __attribute__((noinline)) void attend_block(HeadState& st, int heads, int group,
                                             const BlockSpace<T>& s, const PageMass& wanted) {
   const int D = DT ? DT : dim, tokens = s.now.tokens, pitch = s.pitch;
   const int distance = heads == 1 ? AHEAD_ONE_HEAD : AHEAD_ALL_HEADS;
+  const int value_tokens = heads == 1 ? VALUE_TOKENS_ONE_HEAD : VALUE_TOKENS_ALL_HEADS;
+  if (heads == 1) translate(s.ahead, D);
   for (int t = 0; t < tokens; t += 4)
     for (int h = 0; h < heads; h++) {
       const int64_t k_at = h * s.k_head, v_at = h * s.v_head;
@@ -307,11 +321,11 @@ __attribute__((noinline)) void attend_block(HeadState& st, int heads, int group,
         page_masses<count()>(st, at, logits, weights, pitch, tokens, wanted.page_size, wanted.mass,
                              wanted.pitch);
     });
-  for (int t = 0; t < tokens; t += VALUE_TOKENS)
+  for (int t = 0; t < tokens; t += value_tokens)
     for (int h = 0; h < heads; h++) {
       const int64_t k_at = h * s.k_head, v_at = h * s.v_head;
-      const int count = std::min(VALUE_TOKENS, tokens - t);
-      const T* next[VALUE_TOKENS];
+      const int count = std::min(value_tokens, tokens - t);
+      const T* next[VALUE_TOKENS_ONE_HEAD];
       for (int u = 0; u < count; u++) {
         const int i = t + u + distance;
         next[u] = i < tokens                    ? s.now.v[i] + v_at

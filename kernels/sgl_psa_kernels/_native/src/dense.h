@@ -1,6 +1,6 @@
-// Dense rows: all pages in logical order, all KV heads of a page together (the pool stores them
-// side by side), in chunks of fixed length. Chunks depend on the row's length alone, so a row's
-// result depends neither on the other rows nor on the number of threads.
+// Dense rows: all pages in logical order, in chunks of fixed length, the KV heads of a page together
+// or one after the other, as the pool stores them. Chunks depend on the row's length alone, so a
+// row's result depends neither on the other rows nor on the number of threads.
 #pragma once
 
 #include "pool.h"
@@ -37,38 +37,46 @@ void dense_chunk(const PsaDecodeArgs& a, Pool& pool, int row, int chunk, const P
   const int D = r.head_dim, heads = r.num_kv_heads, group = r.num_qo_heads / heads;
   const int step = block_pages(r), block_tokens = step * r.page_size;
   const AttendBlock<T> attend_block = attend_block_for<T>(D);
+  const int together = pool.heads_apart() ? 1 : heads;
   scratch.reset(Scratch::need<float>((size_t)r.num_qo_heads * D) +
-                BlockSpace<T>::bytes(r.num_qo_heads, block_tokens));
+                BlockSpace<T>::bytes(together * group, block_tokens));
   float* q = scratch.take<float>((size_t)r.num_qo_heads * D);
   BlockSpace<T> space;
-  space.take(scratch, r.num_qo_heads, block_tokens);
+  space.take(scratch, together * group, block_tokens);
   space.k_head = pool.k_head_stride();
   space.v_head = pool.v_head_stride();
   // The state lives in the chunk's place of the partial results.
-  const size_t at = (size_t)chunk * r.num_qo_heads;
-  HeadState st{q, out.acc + at * D, out.m + at, out.l + at};
-  st.start(pool.q(0), r.q_head_stride, r.num_qo_heads, D, r.sm_scale);
+  const auto state = [&](int kv_head) {
+    const size_t head = (size_t)kv_head * group, at = (size_t)chunk * r.num_qo_heads + head;
+    return HeadState{q + head * D, out.acc + at * D, out.m + at, out.l + at};
+  };
+  state(0).start(pool.q(0), r.q_head_stride, r.num_qo_heads, D, r.sm_scale);
 
   const int begin = chunk * chunk_pages(r);
-  const int end = std::min(num_pages(r, row), begin + chunk_pages(r));
+  const int count = std::min(num_pages(r, row), begin + chunk_pages(r)) - begin;
   int pages[CHUNK_TOKENS];
-  for (int p = begin; p < end; p++) pages[p - begin] = p;
-  pool.expect(pages, end - begin, nullptr, 0);
-  if constexpr (Pool::RESIDENT) pool.append(space.ahead, pages, std::min(step, end - begin), 0);
-  for (int p = begin; p < end; p += step) {
-    const int *now = pages + p - begin, *next = pages + std::min(p + step, end) - begin;
-    const int next_count = std::min(step, (int)(pages + end - begin - next));
-    pool.need(now, (int)(next - now), next, next_count);
-    if constexpr (Pool::RESIDENT) {
-      std::swap(space.now, space.ahead);
-    } else {
-      space.now.tokens = 0;
-      pool.append(space.now, now, (int)(next - now), 0);
+  for (int p = 0; p < count; p++) pages[p] = begin + p;
+  pool.expect(pages, count, nullptr, 0);
+  if constexpr (Pool::RESIDENT) pool.append(space.ahead, pages, std::min(step, count), 0);
+  for (int h = 0; h < heads; h += together) {
+    HeadState st = state(h);
+    for (int p = 0; p < count; p += step) {
+      const int end = std::min(p + step, count);
+      // After a head's last block comes the first one of the next.
+      const int next = end < count ? end : 0, next_head = end < count ? h : h + together;
+      const int next_count = next_head < heads ? std::min(step, count - next) : 0;
+      pool.need(pages + p, end - p, pages + next, next_count);
+      if constexpr (Pool::RESIDENT) {
+        std::swap(space.now, space.ahead);
+      } else {
+        space.now.tokens = 0;
+        pool.append(space.now, pages + p, end - p, h);
+      }
+      space.ahead.tokens = 0;
+      pool.append_next(space.ahead, pages + next, next_count, next_head);
+      attend_block(st, together, group, D, space, PageMass{});
+      pool.done();
     }
-    space.ahead.tokens = 0;
-    pool.append_next(space.ahead, next, next_count, 0);
-    attend_block(st, heads, group, D, space, PageMass{});
-    pool.done();
   }
 }
 

@@ -21,6 +21,8 @@ class TierPool {
         pages_(pages_of(a.rows, row)) {}
 
   const T* q(int kv_head) const { return RowPool<T>(a_, row_).q(kv_head); }
+  // A page is pinned for all of its heads at once.
+  bool heads_apart() const { return false; }
   int64_t k_head_stride() const { return (int64_t)a_.rows.page_size * a_.rows.head_dim; }
   int64_t v_head_stride() const { return k_head_stride(); }
 
