@@ -1,8 +1,9 @@
 """SGLang's KV pool with page summaries, written wherever K and V are written.
 
 The buffers have the shape of SGLang's own, so any of its prefill backends can read and write them;
-on CPUs their heads lie apart in memory (:mod:`sgl_psa.kv_layout`). The summaries belong to the pool and not to the attention backend, because every write of K
-passes here while a backend that only decodes never sees prefill.
+on CPUs their heads lie apart in memory (:mod:`sgl_psa.kv_layout`). The summaries belong to the pool
+and not to the attention backend, because every write of K passes here while a backend that only
+decodes never sees prefill.
 """
 
 from __future__ import annotations
