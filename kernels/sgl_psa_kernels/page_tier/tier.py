@@ -260,8 +260,8 @@ class PageTier(ABC):
     @abstractmethod
     def _set_victims(self, order: torch.Tensor) -> None: ...
 
-    def _set_open_pages(self, pages: int) -> None:
-        """Nothing to set aside."""
+    def _set_open_pages(self, pages: int) -> None:  # noqa: B027 - most tiers set nothing aside
+        pass
 
     @abstractmethod
     def _set_quota(self, frames_per_layer: int) -> None: ...

@@ -11,7 +11,8 @@ class FrameBook:
     """Frames of pages, the free ones, and the order in which others are taken.
 
     A frame is free, or in ``tables.owner``, or lost: its page was released while it was on its way,
-    and the frame waits for the end of the copy; or set aside for pages that are not full. All pages are named by key, layer * P + page.
+    and the frame waits for the end of the copy; or it is set aside for pages that are not full. All
+    pages are named by key, layer * P + page.
 
     Attributes:
         evictions, recycled: as in ``TierCounters``.
