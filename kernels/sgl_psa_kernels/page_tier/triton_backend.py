@@ -4,7 +4,8 @@ Frames lie on the device, records of all pages in pinned memory that kernels add
 table on the device says where each page's record begins, in a frame or on the host, and the kernels
 of progressive decode read it from there: a page without frame is read through the link, and comes
 to a frame afterwards. Writes go to the host always and to the frame if there is one, so a frame can
-be given up at any time.
+be given up at any time. Over an int8 host, whose records only full pages have, others are in frames
+that the device hands out itself (`triton_open_pages.py`).
 
 A step later than it was attended, the host learns what had no frame (`triton_state.py`), chooses
 frames (`triton_frames.py`) and has it copied on a side stream (`triton_traffic.py`).
@@ -45,8 +46,8 @@ class TritonTier(PageTier):
     - ``uses`` counts what was seen; ``loads`` nothing waits for, and ``stall_ns`` is 0.
     - With an int8 host pages that are not full have frames that are set aside for them, half of
       all until :meth:`set_open_pages` says how many there can be. They count as hits, but
-      ``tables`` do not name these frames. A page that was full for the first time leaves its frame;
-      one that finds none raises in a later step.
+      ``tables`` do not name these frames. A page leaves its frame when it is full; one that
+      finds none raises in a later step.
     - Without ``pipeline`` the host waits for each step to end and copies on the caller's stream.
 
     ``write``, ``gather`` and ``decode`` are called on one CUDA stream, or ordered ones; the other
