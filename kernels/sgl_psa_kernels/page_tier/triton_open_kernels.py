@@ -150,6 +150,7 @@ def store(
                 tl.store(to + half + at, elements, mask=(dims < D)[None, :])
                 tl.store(to + (2 * half + HKV * D + h * PAGE) + some, exponents)
         if in_frame:
+            tl.debug_barrier()  # All warps have read the old place.
             tl.store(place + page, home)
             there = tl.atomic_add(spare, 1)
             tl.store(spare + 1 + there, where // FRAME)
