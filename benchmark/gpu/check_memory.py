@@ -4,8 +4,9 @@
     TRITON_INTERPRET=1 python -m benchmark.gpu.check_memory --device cpu --tiny     # without a GPU
 
 Requests come, share a prefix, grow and are released at random, in arenas of 100, 50, 25 and
-10 % of their pages; copies are held up by random times, so that any order of events occurs. Prints
-a line a check and exits with 1 if one failed.
+10 % of their pages; copies are held up by random times, so that any order of events occurs. Over an
+int8 host, with frames for open pages on top, the pool is rounded by ``page_tier/codec.py`` as its
+pages fill. Prints a line a check and exits with 1 if one failed.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import random
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from sgl_psa_kernels.page_tier import HostStore, TierCounters, TierShape, TritonTier
+from sgl_psa_kernels.page_tier import HostStore, TierCounters, TierShape, TritonTier, codec
 from sgl_psa_kernels.page_tier.triton_streams import Event, Inline, Streams
 from sgl_psa_kernels.progressive_decode import progressive_decode
 
@@ -46,6 +47,10 @@ SIZES = (
 TINY = (Size(TierShape(1, 28, 0, 16, 1, 16, torch.float16), 4, 2, 4),)
 
 
+def in_int8(size: Size) -> Size:
+    return replace(size, shape=size.shape._replace(host_dtype=torch.int8))
+
+
 class SlowStreams(Streams):
     """Side work waits for up to some milliseconds first."""
 
@@ -63,9 +68,13 @@ class Trace:
     def __init__(self, size: Size, fraction: float, device: str, pipeline: bool, seed: int) -> None:
         self.size, self.device = size, torch.device(device)
         frames = int(fraction * size.shape.num_layers * size.shape.num_pages)
-        shape = size.shape._replace(num_frames=max(frames, size.shape.minimum_frames))
+        frames = max(frames, size.shape.minimum_frames)
+        if size.shape.int8_host:
+            frames += size.shape.num_layers * size.requests
+        shape = size.shape._replace(num_frames=frames)
         streams = SlowStreams(self.device) if device == "cuda" else Inline()
         self.tier = TritonTier(shape, HostStore.memory(shape.host_bytes), pipeline, streams)
+        self.tier.set_open_pages(size.requests)
         self.tier.k_frames.fill_(float("nan"))
         self.tier.v_frames.fill_(float("nan"))
         slots = shape.num_pages * shape.page_size
@@ -94,6 +103,15 @@ class Trace:
             fused = self.normal(len(slots), 2, shape.num_kv_heads, shape.head_dim).to(shape.dtype)
             self.tier.write(layer, slots, fused[:, 0], fused[:, 1])
             self.kv[:, layer, slots] = fused.movedim(1, 0)
+            if shape.int8_host:
+                self.round(layer, slots[slots % shape.page_size == shape.page_size - 1])
+
+    def round(self, layer: int, last: torch.Tensor) -> None:
+        """Pages that are full now, by their last slots, as the host has them."""
+        size = self.tier.shape.page_size
+        slots = last[:, None] - size + 1 + torch.arange(size, device=self.device)
+        for x, dim in ((self.kv[0, layer], 1), (self.kv[1, layer], 3)):  # [page, token, head, D]
+            x[slots] = codec.dequantise(*codec.quantise(x[slots], dim), dim, x.dtype)
 
     def arrive(self) -> None:
         size = self.size.shape.page_size
@@ -211,7 +229,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="one small size, for the interpreter")
     options = parser.parse_args()
     failed = 0
-    for size in TINY if options.tiny else SIZES:
+    sizes = TINY if options.tiny else SIZES
+    for size in (*sizes, *map(in_int8, sizes)):
         for fraction in (0.5,) if options.tiny else FRACTIONS:
             for pipeline in (True,) if options.tiny else (True, False):
                 try:
@@ -224,8 +243,9 @@ def main() -> None:
                     if not isinstance(error, AssertionError):
                         traceback.print_exc()
                 kind = str(size.shape.dtype).removeprefix("torch.")
-                name = f"{kind} pages of {size.shape.page_size}, arena {fraction:.0%}"
-                print(f"page_tier {name:36} pipeline {pipeline!s:5} {verdict}", flush=True)
+                host = " on an int8 host" if size.shape.int8_host else ""
+                name = f"{kind} pages of {size.shape.page_size}{host}, arena {fraction:.0%}"
+                print(f"page_tier {name:52} pipeline {pipeline!s:5} {verdict}", flush=True)
     print(f"{failed} failed" if failed else "all passed")
     sys.exit(1 if failed else 0)
 

@@ -7,7 +7,8 @@
 ``link``: bytes per second of the kernel that brings scattered records to frames, and of writes
 through to the host, against one large cudaMemcpy each way and one cudaMemcpy a record.
 ``decode``: a layer with a share of its pages in frames, the rest read on the host, against the same
-attention on a resident pool; dense, and by the marginal rule with few hot pages.
+attention on a resident pool; dense, and by the marginal rule with few hot pages. Both of records in
+the dtype of the pages and in int8.
 ``steps``: all layers, a working set that drifts, an arena of a quarter of the pages; copies on a
 side stream (pipelined) against a host that waits for every step (stop-and-go), and resident.
 """
@@ -38,7 +39,7 @@ def make_tier(shape: TierShape, pipeline: bool = True) -> TritonTier:
 
 
 def fill(tier: TritonTier) -> torch.Tensor:
-    """Random tokens in all pages; returns them, [2, L, slots, Hkv, D] on the device."""
+    """Random tokens in all pages; returns what these hold, [2, L, slots, Hkv, D] on the device."""
     shape, device = tier.shape, tier.k_frames.device
     slots = torch.arange(shape.num_pages * shape.page_size, device=device)
     size = (2, shape.num_layers, len(slots), shape.num_kv_heads, shape.head_dim)
@@ -46,6 +47,8 @@ def fill(tier: TritonTier) -> torch.Tensor:
     for layer in range(shape.num_layers):
         for part in slots.split(8192):
             tier.write(layer, part, kv[0, layer, part], kv[1, layer, part])
+        if shape.int8_host:
+            tier.gather(layer, torch.arange(shape.num_pages), len(slots), *kv[:, layer])
     return kv
 
 
@@ -83,12 +86,17 @@ def link(shape: TierShape, timer: Timer, rounds: int) -> dict[str, Any]:
     triton_places.COPY_PROGRAMS = programs
     tier.close()
     return {
+        "host_dtype": host_name(shape),
         "records": count,
         "record_bytes": size,
         "bytes_per_second": {
             name: count * size / spread(samples)["median"] for name, samples in times.items()
         },
     }
+
+
+def host_name(shape: TierShape) -> str:
+    return str(shape.host_dtype or shape.dtype).removeprefix("torch.")
 
 
 def bring(tier: TritonTier, pages: torch.Tensor, frames: torch.Tensor, programs: int) -> None:
@@ -125,7 +133,8 @@ def decode(
     shape: TierShape, timer: Timer, rounds: int, batch: int, rates: tuple[float, ...] = HIT_RATES
 ) -> list[dict[str, Any]]:
     """A layer at several hit rates; no step begins, so no page moves."""
-    tier = make_tier(shape._replace(num_layers=1, num_frames=shape.num_pages))
+    tier = make_tier(shape._replace(num_layers=1, num_frames=shape.num_pages + 1))
+    tier.set_open_pages(1)
     kv, rows = fill(tier), []
     for name, hot in (("dense", 1.0), ("marginal", 0.05)):
         given = arguments(shape, batch, hot, kv.device)
@@ -148,6 +157,7 @@ def decode(
             exact = all(map(torch.equal, tiered(), steps["resident"]()))
             rows.append(
                 {
+                    "host_dtype": host_name(shape),
                     "rule": name,
                     "batch": batch,
                     "hit_rate": rate,
@@ -234,12 +244,13 @@ def main() -> None:
         shape = TierShape(2, pages, pages, page, 8, 128, torch.bfloat16)
         if options.tiny:
             shape = TierShape(2, pages, 8, page, 1, 16, torch.float16)
-        report["link"].append(link(shape, timer, options.rounds))
-        print(report["link"][-1], flush=True)
-        for batch in (1,) if options.tiny else (1, 8):
-            rates = HIT_RATES[-1:] if options.tiny else HIT_RATES
-            report["decode"] += decode(shape, timer, options.rounds, batch, rates)
-        save()
+        for held in (shape, shape._replace(host_dtype=torch.int8)):
+            report["link"].append(link(held, timer, options.rounds))
+            print(report["link"][-1], flush=True)
+            for batch in (1,) if options.tiny else (1, 8):
+                rates = HIT_RATES[-1:] if options.tiny else HIT_RATES
+                report["decode"] += decode(held, timer, options.rounds, batch, rates)
+            save()
     layers = shape._replace(num_layers=2 if options.tiny else 8)
     report["steps"] = run_steps(layers, 1 if options.tiny else 8, options.steps, cuda)
     save()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from sglang_psa.pool_hooks import summary_bytes
 
-from sgl_psa.config import PSAConfig
+from sgl_psa.config import HostDtypeName, PSAConfig
 from sgl_psa.evaluate.cli import EMBEDDED
 
 PAGE_SIZE = 16
@@ -30,6 +30,7 @@ class System:
     Attributes:
         arena: share of the trace's KV that the device tier holds; ``None``: all-resident.
         host: ``memory`` or ``file``.
+        host_dtype: as in ``PSAConfig``.
         like: all-resident with no more device bytes than this tiered system.
     """
 
@@ -38,6 +39,7 @@ class System:
     replacement: str = "demand"
     pipeline: bool = True
     host: str = "memory"
+    host_dtype: HostDtypeName = "auto"
     like: System | None = None
 
     @property
@@ -188,4 +190,6 @@ def flags(
         }
         if system.host == "file":
             made["psa-host-path"] = host_folder
+        if system.host_dtype != "auto":
+            made["psa-host-dtype"] = system.host_dtype
     return [part for name, value in made.items() for part in (f"--{name}", str(value))]

@@ -37,33 +37,34 @@ def page_masses(logits, PAGES: tl.constexpr, PART: tl.constexpr):
 
 
 @triton.jit
-def tile_logits(q, k, slots, live, dims, D: tl.constexpr, stride, scale, PRECISION: tl.constexpr):
-    """Logits [HEADS, TOKENS] of the keys at ``slots``, -inf where not ``live``.
+def tile_rows(x, slots, live, dims, D: tl.constexpr, stride):
+    """Rows [TOKENS, DIMS] at ``slots``, ``stride`` elements from slot to slot; 0 where not ``live``
+    and behind D."""
+    mask = live[:, None] & (dims < D)[None, :]
+    return tl.load(x + slots[:, None] * stride + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def tile_logits(q, keys, live, scale, PRECISION: tl.constexpr):
+    """Logits [HEADS, TOKENS] of keys [TOKENS, DIMS], -inf where not ``live``.
 
     Args:
         q: [HEADS, DIMS], 0 behind D; its type is that of the product.
-        k: pointer to the KV head's keys, ``stride`` elements from slot to slot.
     """
-    mask = live[:, None] & (dims < D)[None, :]
-    keys = tl.load(k + slots[:, None] * stride + dims[None, :], mask=mask, other=0.0)
     logits = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision=PRECISION) * scale
     return tl.where(live[None, :], logits, float("-inf"))
 
 
 @triton.jit
-def absorb(
-    logits, v, slots, live, dims, D: tl.constexpr, stride, top, total, acc,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Online softmax: (top [HEADS], total [HEADS], acc [HEADS, DIMS]) with a tile taken in."""
-    mask = live[:, None] & (dims < D)[None, :]
-    values = tl.load(v + slots[:, None] * stride + dims[None, :], mask=mask, other=0.0).to(DOT)
+def absorb(logits, values, top, total, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Online softmax: (top [HEADS], total [HEADS], acc [HEADS, DIMS]) with a tile of values
+    [TOKENS, DIMS] taken in."""
     new = tl.maximum(top, tl.max(logits, 1))
     base = finite(new)
     weights = tl.exp(logits - base[:, None])
     fade = tl.exp(top - base)
     total = total * fade + tl.sum(weights, 1)
-    product = tl.dot(weights.to(DOT), values, input_precision=PRECISION)
+    product = tl.dot(weights.to(DOT), values.to(DOT), input_precision=PRECISION)
     return new, total, acc * fade[:, None] + product
 
 

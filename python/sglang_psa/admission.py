@@ -215,7 +215,7 @@ def start(result: None, scheduler: Any) -> None:
         return
     config = psa_config(scheduler.server_args)
     if config.host_dtype == "int8":
-        open_pages.check(config, tier.tier.shape, scheduler.max_running_requests)
+        open_pages.reserve(config, tier.tier, scheduler.max_running_requests)
     _admission = SchedulerAdmission(scheduler, tier)
     # SGLang's books of a busy pool count requests of both batches, once where these are one.
     scheduler.invariant_checker.get_last_batch = lambda: (

@@ -21,6 +21,9 @@ from sglang_psa.tiered_sizes import tier_sizes
 
 #: What the tier keeps on the device of a page in one layer: its place, its fill and its last step.
 _PAGE_TABLE_BYTES = 8 + 4 + 4
+#: What it keeps of a token under an int8 host: its row in a write. And of a frame: whether it is
+#: one set aside that no page has.
+_TOKEN_BYTES, _SPARE_BYTES = 4, 8
 
 
 def profile(original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any) -> int:
@@ -53,10 +56,14 @@ def device_bytes(configurator: Any) -> dict[str, int]:
     heads = model.get_num_kv_heads(compat.get_parallel().attn_tp_size)
     per_page = summary_bytes(psa_config(args), sizes.page_size, heads, model.head_dim)
     longest = min(tokens, model.context_len)
+    frames, tables = min(sizes.num_frames, pages), pages * _PAGE_TABLE_BYTES
+    if sizes.record_bytes < sizes.frame_bytes:
+        tables += pages // sizes.num_layers * sizes.page_size * _TOKEN_BYTES
+        tables += frames * _SPARE_BYTES
     return {
-        "frames": min(sizes.num_frames, pages) * sizes.frame_bytes,
+        "frames": frames * sizes.frame_bytes,
         "summaries": int(pages * per_page),
-        "tables": pages * _PAGE_TABLE_BYTES,
+        "tables": tables,
         "prefix": longest * sizes.frame_bytes // sizes.page_size,
     }
 

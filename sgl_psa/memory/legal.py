@@ -38,11 +38,6 @@ def check(config: PSAConfig) -> None:
                     f"host_pool_bytes; set them, or drop {name}"
                 )
         return
-    if config.host_dtype == "int8" and config.backend == "triton":
-        raise ConfigError(
-            "host_dtype='int8': Triton kernels attend pages on the host where they lie, and read "
-            "no int8; set host_dtype to auto, or backend to cpu"
-        )
     # Pages in int8 are smaller than their frames: by how much, their shape says, in `sizes`.
     if host < device and config.host_dtype == "auto":
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sgl_psa_kernels.page_tier import TierShape
+from sgl_psa_kernels.page_tier import PageTier, TierShape
 
 from sgl_psa.config import ConfigError, PSAConfig
 from sgl_psa.memory.placements import PLACEMENTS
@@ -25,7 +25,7 @@ def check(config: PSAConfig, shape: TierShape, max_requests: int) -> None:
         return
     quota = PLACEMENTS[config.placement](shape).quota
     layers, least = shape.num_layers, shape.minimum_frames
-    open_pages = min(max_requests + PADDING_PAGES, shape.num_pages)
+    open_pages = most(shape, max_requests)
     fits = min((shape.num_frames - least) // layers, quota - least)
     if open_pages <= fits:
         return
@@ -40,3 +40,19 @@ def check(config: PSAConfig, shape: TierShape, max_requests: int) -> None:
         f"{frames} of its frames, which has {shape.num_frames}; set device_pool_bytes to "
         f"{frames * shape.frame_bytes} or more{lower}, or host_dtype to auto"
     )
+
+
+def most(shape: TierShape, max_requests: int) -> int:
+    """Pages of a layer that are not full at a time, at most."""
+    return min(max_requests + PADDING_PAGES, shape.num_pages)
+
+
+def reserve(config: PSAConfig, tier: PageTier, max_requests: int) -> None:
+    """:func:`check`, and tell the tier, before requests run.
+
+    Raises:
+        ConfigError: naming what to change.
+    """
+    check(config, tier.shape, max_requests)
+    if tier.shape.int8_host:
+        tier.set_open_pages(most(tier.shape, max_requests))

@@ -80,7 +80,7 @@ class Residency:
     def _room(self) -> int:
         """Frames that a layer can fill before one has to be taken."""
         tables, quota = self.tier.tables, self.placement.quota
-        free = int((tables.owner < 0).sum())
+        free = int((tables.owner == -1).sum())
         if quota < self.tier.shape.num_frames:
             free = min(free, quota - int(self.frames_by_layer().max()))
         return free

@@ -21,8 +21,8 @@ class Answers:
 
     def generate(self, ids, max_new_tokens, **_):
         ids = [*ids[:max_new_tokens]]
-        if self.tiered and self.wrong is not None:
-            ids[self.wrong] += 1
+        if self.wrong is not None and self.tiered:
+            ids[self.wrong] += len(self.started)  # No two are wrong in the same way.
         return {"output_ids": ids, "meta_info": {}}
 
     def together(self, prompts, **sampling):
@@ -57,8 +57,12 @@ def test_servers_are_compared(monkeypatch, tmp_path, capsys, changes, status, sa
         check_tiers.main()
     assert ended.value.code == status
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"tiers {RESIDENT.name:12} ok" and said in lines[1] and said in lines[2]
-    assert len(Answers.started) == 3
+    assert lines[0] == f"tiers {RESIDENT.name:16} ok"
+    # The first server over an int8 host is what the second is compared with.
+    assert all(said in lines[at] for at in (1, 2, 4)) and "equal" not in lines[3]
+    assert ("int8" in lines[3]) and ("ok" in lines[3]) == ("problems" not in changes)
+    assert len(Answers.started) == 5
+    assert [("--psa-host-dtype" in given) for given in Answers.started] == [False] * 3 + [True] * 2
     for given in Answers.started:
         flags = dict(zip(given[::2], given[1::2], strict=True))
         assert flags["--psa-backend"] == "triton" and flags["--device"] == "cuda"

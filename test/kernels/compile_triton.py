@@ -63,16 +63,25 @@ def main() -> None:
     lse = torch.zeros(8)
     merge_state(torch.zeros(8, 128), lse, torch.zeros(8, 128), lse, backend="triton")
 
-    tier()
+    for host_dtype in (None, torch.int8):
+        tier(TierShape(1, 60, 16, 16, 2, 128, BF16, host_dtype))
+    filled(TierShape(1, 9, 4, 128, 2, 80, BF16, torch.int8))
 
 
-def tier() -> None:
-    """A page tier with a page to bring; launches do nothing, so it is told that one was missed."""
-    shape = TierShape(1, 60, 16, 16, 2, 128, BF16)
+def filled(shape: TierShape) -> TritonTier:
+    """A page tier that was written to, read and released."""
     made = TritonTier(shape, HostStore.memory(shape.host_bytes), True)
-    rows = torch.zeros(40, 2, 128, dtype=BF16)
-    made.write(0, torch.arange(16, 56), rows, rows)
+    rows = torch.zeros(40, 2, shape.head_dim, dtype=BF16)
+    for _ in range(2):
+        made.write(0, torch.arange(16, 56), rows, rows)
+        made.release(torch.arange(4))
     made.gather(0, torch.arange(3), 40, rows, rows.clone())
+    return made
+
+
+def tier(shape: TierShape) -> None:
+    """A page tier with a page to bring; launches do nothing, so it is told that one was missed."""
+    made = filled(shape)
     log_mass = torch.zeros(1, 8, 50)
     table, lens = torch.arange(50)[None].int(), torch.tensor([600], dtype=torch.int32)
     for mass, group, step in ((None, 4, 1), (log_mass, 4, 2), (log_mass, 16, 3)):

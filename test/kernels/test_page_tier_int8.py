@@ -150,6 +150,18 @@ def test_open_pages_that_leave_no_frames_are_an_error(tier_backend: str) -> None
     assert pool.tier.check() == []
 
 
+def test_tiers_that_find_frames_need_not_be_told_of_open_pages(tier_backend: str) -> None:
+    pool = Pool.make(SHAPE, tier_backend)
+    pool.tier.set_open_pages(1)
+    for page in range(1, 4):
+        pool.fill(torch.tensor([page]), 5)
+    assert pool.tier.check() == []
+    with pytest.raises(ValueError, match="0 open pages are too few"):
+        pool.tier.set_open_pages(0)
+    with pytest.raises(ValueError, match="9 open pages of 2 layers need 18 frames, there are 16"):
+        pool.tier.set_open_pages(9)
+
+
 def test_a_layers_quota_counts_its_open_pages(tier_backend: str) -> None:
     pool = Pool.make(SHAPE._replace(num_frames=32), tier_backend)
     pool.tier.set_quota(16)
@@ -161,10 +173,8 @@ def test_a_layers_quota_counts_its_open_pages(tier_backend: str) -> None:
         decode(pool, 0, torch.tensor([20]), SIZE)
 
 
-def test_what_has_no_int8_host_says_so() -> None:
+def test_other_elements_are_refused() -> None:
     store = HostStore.memory(SHAPE.host_bytes)
-    with pytest.raises(ValueError, match=r"'triton' .* reads no int8; set the host's dtype"):
-        make_tier(SHAPE, store, backend="triton")
     with pytest.raises(ValueError, match=r"in torch.float32 or torch.int8, not torch.float16"):
         make_tier(SHAPE._replace(host_dtype=torch.float16), store, backend="cpu")
     assert SHAPE.record_bytes < 0.35 * SHAPE.frame_bytes

@@ -67,7 +67,6 @@ def test_bad_bytes_are_refused(value: object) -> None:
         ({"pipeline": False}, "no effect without device_pool_bytes"),
         ({"host_path": "/tmp"}, "no effect without device_pool_bytes"),
         ({"host_dtype": "int8"}, "no effect without device_pool_bytes"),
-        ({**TIERS, "host_dtype": "int8", "backend": "triton"}, "set host_dtype to auto, or back"),
         ({**TIERS, "host_dtype": "int4"}, "expected one of auto, int8"),
         ({**TIERS, "placement": "fifo"}, "expected one of demand, lru, even"),
         ({**TIERS, "audit_rate": 0.1}, "set audit_rate to 0"),

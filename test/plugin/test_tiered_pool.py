@@ -256,6 +256,11 @@ def test_a_gpu_needs_room_for_frames_summaries_and_a_prefix():
     pool.tier.reserve(CONTEXT)
     assert parts["prefix"] == sum(x.nbytes for x in pool.tier._staging)
     assert parts["tables"] == 16 * LAYERS * PAGES
+    int8 = PSAConfig(backend="reference", **tiers(host_dtype="int8"))
+    records = tiered_capacity.device_bytes(configurator_of(int8, "cuda", max_total_tokens=64))
+    pages = 64 // PAGE + 1
+    frames = records["frames"] // FRAME
+    assert records["tables"] == 16 * LAYERS * pages + 4 * pages * PAGE + 8 * frames
     needed = sum(parts.values())
     assert tiered_capacity.profile(lambda *_: needed, configurator, 10) == HOST
     with pytest.raises(ConfigError, match=rf"GPU has {needed - 1} left") as caught:

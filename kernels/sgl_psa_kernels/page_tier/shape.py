@@ -8,6 +8,9 @@ import torch
 #: Tokens that attention takes together; see ``_native/src/attend.h``.
 BLOCK_TOKENS = 64
 
+#: Owner of frames that are set aside for pages that are not full (int8 host, "triton").
+ASIDE = -2
+
 
 class TierShape(NamedTuple):
     """What a tier holds.
@@ -79,7 +82,8 @@ class TierTables(NamedTuple):
 
     Attributes:
         frame_of: int32 [L, P], frame of a page, -1: none.
-        owner: int64 [F], layer * P + page, -1: free.
+        owner: int64 [F], layer * P + page, -1: free, ``ASIDE``: for pages that are not full, whose
+            frames the tables do not name then.
         saved: int32 [L, P], tokens that the host has, 0..page_size.
         filled: int32 [L, P], tokens written at all, 0..page_size.
         stamp: int32 [L, P], step in which a decode last attended the page, 0: never.

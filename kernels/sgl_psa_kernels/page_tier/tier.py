@@ -194,6 +194,26 @@ class PageTier(ABC):
         )
         self._set_quota(frames_per_layer)
 
+    def set_open_pages(self, pages: int) -> None:
+        """At most so many pages of each layer are not full at a time, which an int8 host's tier has
+        frames for. Tiers whose writes find frames where they are need not be told; "triton" sets
+        them aside. Called before pages are attended.
+
+        Raises:
+            ValueError: fewer than one page, or more than there are frames for.
+            RuntimeError: pages have so many frames by now that those cannot be set aside.
+        """
+        self._require_open()
+        checks.require(pages >= 1, f"{OP}: {pages} open pages are too few; set 1 or more")
+        frames = self.shape.num_layers * pages
+        if self.shape.int8_host:
+            checks.require(
+                frames <= self.shape.num_frames,
+                f"{OP}: {pages} open pages of {self.shape.num_layers} layers need {frames} frames, "
+                f"there are {self.shape.num_frames}; give the device tier more bytes",
+            )
+            self._set_open_pages(pages)
+
     @abstractmethod
     def clear(self) -> None:
         """Release all pages."""
@@ -239,6 +259,9 @@ class PageTier(ABC):
 
     @abstractmethod
     def _set_victims(self, order: torch.Tensor) -> None: ...
+
+    def _set_open_pages(self, pages: int) -> None:  # noqa: B027 - most tiers set nothing aside
+        pass
 
     @abstractmethod
     def _set_quota(self, frames_per_layer: int) -> None: ...

@@ -4,7 +4,8 @@ Frames lie on the device, records of all pages in pinned memory that kernels add
 table on the device says where each page's record begins, in a frame or on the host, and the kernels
 of progressive decode read it from there: a page without frame is read through the link, and comes
 to a frame afterwards. Writes go to the host always and to the frame if there is one, so a frame can
-be given up at any time.
+be given up at any time. Over an int8 host, whose records only full pages have, others are in frames
+that the device hands out itself (`triton_open_pages.py`).
 
 A step later than it was attended, the host learns what had no frame (`triton_state.py`), chooses
 frames (`triton_frames.py`) and has it copied on a side stream (`triton_traffic.py`).
@@ -18,6 +19,7 @@ from sgl_psa_kernels.checks import require
 from sgl_psa_kernels.page_tier.host_store import HostStore
 from sgl_psa_kernels.page_tier.shape import TierCounters, TierShape
 from sgl_psa_kernels.page_tier.tier import OP, PageTier
+from sgl_psa_kernels.page_tier.triton_open_pages import OpenPages
 from sgl_psa_kernels.page_tier.triton_places import Places
 from sgl_psa_kernels.page_tier.triton_state import DeviceState
 from sgl_psa_kernels.page_tier.triton_streams import Inline, Streams
@@ -42,13 +44,17 @@ class TritonTier(PageTier):
     - Frames whose pages the last step attended are never taken: a working set beyond the arena is
       read through the link in part, and does not push itself out.
     - ``uses`` counts what was seen; ``loads`` nothing waits for, and ``stall_ns`` is 0.
+    - With an int8 host pages that are not full have frames that are set aside for them, half of
+      all until :meth:`set_open_pages` says how many there can be. They count as hits, but
+      ``tables`` do not name these frames. A page leaves its frame when it is full; one that
+      finds none raises in a later step.
     - Without ``pipeline`` the host waits for each step to end and copies on the caller's stream.
 
     ``write``, ``gather`` and ``decode`` are called on one CUDA stream, or ordered ones; the other
     methods on any. The host store is memory, and is pinned as a whole.
 
     Raises:
-        ValueError: a host store that is a file, or an int8 host.
+        ValueError: a host store that is a file.
         RuntimeError: no CUDA device, or memory that cannot be pinned.
     """
 
@@ -60,11 +66,6 @@ class TritonTier(PageTier):
         streams: Streams | Inline | None = None,
     ) -> None:
         require(host.kind == "memory", f"{OP}: backend 'triton' needs a host store in memory")
-        require(
-            not shape.int8_host,
-            f"{OP}: backend 'triton' attends pages on the host where they lie, and reads no int8; "
-            "set the host's dtype to that of the pages, or use backend 'cpu'",
-        )
         device = torch.device("cpu")
         if not interpreted() and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
@@ -76,20 +77,28 @@ class TritonTier(PageTier):
         self.state = DeviceState(shape, self._streams)
         filled, stamp = self.state.told
         self.tables = self.tables._replace(filled=filled, saved=filled, stamp=stamp)
-        self.places = Places(shape, host, self.k_frames, self._streams, self._kernels)
+        self.places = Places(shape, host, self._arena, self._streams, self._kernels)
         self.traffic = Traffic(shape, self.tables, self.places, self.state, self._streams, pipeline)
+        if shape.int8_host:
+            parts = self.traffic.book, self.places, self.state, self._streams, self._arena
+            self.traffic.open_pages = OpenPages(shape, *parts)
+            most = shape.num_layers * shape.num_pages
+            self.traffic.open_pages.set_aside(min(shape.num_frames // 2, most))
         self._step = self._tokens_written = 0
         self._closed = False
 
     def _make_frames(self) -> tuple[torch.Tensor, torch.Tensor]:
         size = (self.shape.num_frames, 2, *self.shape.page_shape)
-        arena = torch.empty(size, dtype=self.shape.dtype, device=self._streams.device)
-        return arena[:, 0], arena[:, 1]
+        self._arena = torch.empty(size, dtype=self.shape.dtype, device=self._streams.device)
+        return self._arena[:, 0], self._arena[:, 1]
 
     def _write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         module = kernels(OP, "page_tier.triton_kernels", slots, k, v, self.places[layer])
         self.traffic.settle()
         self._tokens_written += len(slots)
+        if self.traffic.open_pages is not None:
+            self.traffic.open_pages.write(layer, slots, k, v)
+            return
         heads, size, dim = self.shape.page_shape
         with torch.cuda.device_of(k):
             module.store[(len(slots),)](
@@ -111,9 +120,10 @@ class TritonTier(PageTier):
         part = max(1, min(size, 4096 // power_of_two(dim)))
         with torch.cuda.device_of(k_out):
             module.gather[(count, heads, size // part)](
-                self.k_frames, self.places[layer], pages, k_out, v_out,
+                self._arena, self.places.codes, self.places[layer], pages, k_out, v_out,
                 self.state.pages[0], self.state.numbers, layer, self.shape.num_pages, tokens,
-                HKV=heads, D=dim, DT=power_of_two(dim), PAGE=size, PART=part,
+                self.places.end, HKV=heads, D=dim, DT=power_of_two(dim), PAGE=size, PART=part,
+                INT8=self.places.int8,
             )  # fmt: skip
 
     def _decode(
@@ -140,6 +150,7 @@ class TritonTier(PageTier):
             v_cache=self.v_frames,
             page_size=size,
             place=self.places[layer],
+            codes=self.places.codes,
             **arguments._replace(attended=attended)._asdict(),
         )
         if batch * width:
@@ -149,7 +160,7 @@ class TritonTier(PageTier):
                     attended, page_table, seq_lens, self.places[layer], *self.state.pages,
                     self.state.uses, self.state.numbers, layer, step, self.shape.num_pages,
                     self.shape.num_frames, page_table.stride(0), width, self.state.capacity,
-                    HKV=heads, PAGE=size, RECORD=self.places.record, BLOCK=block,
+                    HKV=heads, PAGE=size, FRAME=self.places.frame, BLOCK=block,
                 )  # fmt: skip
         if layer == self.shape.num_layers - 1:
             self.traffic.look(step)
@@ -187,6 +198,11 @@ class TritonTier(PageTier):
     def _set_quota(self, frames_per_layer: int) -> None:
         self.traffic.book.set_quota(frames_per_layer)
 
+    def _set_open_pages(self, pages: int) -> None:
+        assert self.traffic.open_pages is not None
+        self.traffic.settle()
+        self.traffic.open_pages.set_aside(self.shape.num_layers * pages)
+
     def drain(self) -> None:
         self._require_open()
         self.traffic.drain(self._step)
@@ -214,7 +230,11 @@ class TritonTier(PageTier):
     def check(self) -> list[str]:
         self.drain()
         problems = self.tables.check(self.shape.page_size) + self.traffic.book.check()
-        return problems + self.places.check(self.tables.frame_of)
+        filled, open_pages = self.tables.filled, self.traffic.open_pages
+        if open_pages is None:
+            return problems + self.places.check(self.tables.frame_of, filled < 0)
+        problems += self.places.check(self.tables.frame_of, open_pages.open(filled))
+        return problems + open_pages.check(filled)
 
     def close(self) -> None:
         if not self._closed:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from sgl_psa_kernels.page_tier.shape import TierShape, TierTables
+from sgl_psa_kernels.page_tier.shape import ASIDE, TierShape, TierTables
 
 
 class FrameBook:
     """Frames of pages, the free ones, and the order in which others are taken.
 
     A frame is free, or in ``tables.owner``, or lost: its page was released while it was on its way,
-    and the frame waits for the end of the copy. All pages are named by key, layer * P + page.
+    and the frame waits for the end of the copy; or it is set aside for pages that are not full. All
+    pages are named by key, layer * P + page.
 
     Attributes:
         evictions, recycled: as in ``TierCounters``.
@@ -41,6 +42,32 @@ class FrameBook:
     def set_quota(self, frames: int) -> None:
         """See :meth:`PageTier.set_quota`."""
         self._quota = frames
+
+    def set_aside(self, count: int) -> list[int]:
+        """So many free frames are another's to give, and no page of this book gets them.
+
+        Raises:
+            RuntimeError: there are fewer.
+        """
+        if count > len(self._free):
+            raise RuntimeError(
+                f"page_tier: {count} more frames are to be set aside for open pages, and "
+                f"{len(self._free)} are free; set them aside before pages are attended"
+            )
+        split = len(self._free) - count
+        frames = self._free[split:]
+        del self._free[split:]
+        self._tables.owner[frames] = ASIDE
+        return frames
+
+    def take_back(self, frames: list[int]) -> None:
+        """Frames that were set aside are free."""
+        self._tables.owner[frames] = -1
+        self._free += frames
+
+    def aside(self) -> torch.Tensor:
+        """int64 [n], frames that are set aside, in order."""
+        return torch.nonzero(self._tables.owner == ASIDE).flatten()
 
     def used(self, uses: torch.Tensor) -> None:
         """Add uses int32 [F] to those of the frames' pages."""
@@ -153,7 +180,7 @@ class FrameBook:
         """What contradicts itself when nothing is on its way."""
         problems = []
         owner = self._tables.owner
-        if sorted(self._free) != torch.nonzero(owner < 0).flatten().tolist():
+        if sorted(self._free) != torch.nonzero(owner == -1).flatten().tolist():
             problems.append("the free list is not that of the frames without owner")
         held = (self._tables.frame_of >= 0).sum(1)
         if not torch.equal(self._held, held):

@@ -1,15 +1,17 @@
 """Triton kernels that write, move and read records of pages, and see which ones are attended.
 
 A place is where a record [2, HKV, PAGE, D] begins, in units of ``UNIT`` elements from ``arena``:
-frame f lies at f * RECORD (units), page p of layer l on the host at origin + (l * P + p) * RECORD.
+frame f lies at f * FRAME (units), page p of layer l on the host at origin + (l * P + p) * RECORD.
 ``origin`` may be negative: pinned host memory lies anywhere in the address space of the device.
-Tables are rows of one layer where ``layer`` is not among the arguments.
+Tables are rows of one layer where ``layer`` is not among the arguments. With ``INT8``, the bytes of
+a unit, records on the host are those of ``codec.py``; ``codes`` is then ``arena`` by bytes.
 """
 
 import triton
 import triton.language as tl
 
 from sgl_psa_kernels.page_tier import triton_state
+from sgl_psa_kernels.triton_int8 import decode_keys, decode_values
 from sgl_psa_kernels.triton_support import PLACE_UNIT
 
 UNIT = tl.constexpr(PLACE_UNIT)
@@ -50,8 +52,9 @@ def store(
 
 @triton.jit(do_not_specialize=["layer", "tokens"])
 def gather(
-    arena, place, pages, k_out, v_out, filled, numbers, layer, P, tokens,
+    arena, codes, place, pages, k_out, v_out, filled, numbers, layer, P, tokens, end,
     HKV: tl.constexpr, D: tl.constexpr, DT: tl.constexpr, PAGE: tl.constexpr, PART: tl.constexpr,
+    INT8: tl.constexpr,
 ):  # fmt: skip
     """The first tokens of consecutive pages, [tokens, HKV, D]. Grid (pages, HKV, PAGE / PART)."""
     i = tl.program_id(0).to(tl.int64)
@@ -60,14 +63,28 @@ def gather(
     key = layer.to(tl.int64) * P + page
     if tl.load(filled + key) < tl.minimum(tokens - i * PAGE, PAGE):
         tl.atomic_max(numbers + SHORT, key + 1)
-    begin = tl.load(place + page) * UNIT + h * PAGE * D
-    offset = (tl.program_id(2) * PART + tl.arange(0, PART))[:, None]
-    dims = tl.arange(0, DT)[None, :]
+    where = tl.load(place + page)
+    offset = tl.program_id(2) * PART + tl.arange(0, PART)
+    dims = tl.arange(0, DT)
     token = i * PAGE + offset
-    real = (token < tokens) & (dims < D)
-    keys = tl.load(arena + begin + offset * D + dims, mask=real)
-    values = tl.load(arena + (begin + HKV * PAGE * D) + offset * D + dims, mask=real)
-    to = (token * HKV + h) * D + dims
+    real = (token < tokens)[:, None] & (dims < D)[None, :]
+    near = real
+    if INT8:
+        near = real & (where >= 0) & (where < end)
+    at = where * UNIT + (h * PAGE + offset)[:, None] * D + dims[None, :]
+    keys = tl.load(arena + at, mask=near)
+    values = tl.load(arena + HKV * PAGE * D + at, mask=near)
+    if INT8:
+        if (where < 0) | (where >= end):
+            begin = tl.zeros([PART], tl.int64) + where * INT8
+            live = token < tokens
+            keys = decode_keys(
+                codes, begin, offset, live, h, dims, HKV, D, PAGE, 1, PART
+            ).to(keys.dtype)  # fmt: skip
+            values = decode_values(
+                codes, begin, offset, live, h, dims, HKV, D, PAGE
+            ).to(values.dtype)  # fmt: skip
+    to = (token[:, None] * HKV + h) * D + dims[None, :]
     tl.store(k_out + to, keys, mask=real)
     tl.store(v_out + to, values, mask=real)
 
@@ -75,7 +92,7 @@ def gather(
 @triton.jit(do_not_specialize=["n"])
 def bring(
     arena, origin, keys, frames, n,
-    RECORD: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    FRAME: tl.constexpr, RECORD: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Records of ``keys`` int64 [n], layer * P + page, from the host to ``frames`` int64 [n], in
     CHUNKS parts each. Few programs take turns: attention on another stream keeps the other
@@ -85,17 +102,41 @@ def bring(
         i = turn // CHUNKS
         element = turn % CHUNKS * BLOCK + tl.arange(0, BLOCK)
         host = first + tl.load(keys + i) * RECORD
-        frame = tl.load(frames + i) * RECORD
-        real = element < RECORD * UNIT
+        frame = tl.load(frames + i) * FRAME
+        real = element < FRAME * UNIT
         part = tl.load(arena + host * UNIT + element, mask=real)
         tl.store(arena + frame * UNIT + element, part, mask=real)
+
+
+@triton.jit(do_not_specialize=["n"])
+def bring_int8(
+    arena, codes, origin, keys, frames, n,
+    HKV: tl.constexpr, D: tl.constexpr, DT: tl.constexpr, PAGE: tl.constexpr, PART: tl.constexpr,
+    FRAME: tl.constexpr, RECORD: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """As :func:`bring`, decoded; a turn is PART tokens of a KV head."""
+    first = tl.load(origin)
+    dims = tl.arange(0, DT)
+    parts: tl.constexpr = PAGE // PART
+    live = tl.full([PART], 1, tl.int1)
+    for turn in range(tl.program_id(0), n * HKV * parts, tl.num_programs(0)):
+        i = turn // (HKV * parts)
+        h = turn // parts % HKV
+        offset = turn % parts * PART + tl.arange(0, PART)
+        begin = tl.zeros([PART], tl.int64) + (first + tl.load(keys + i) * RECORD) * INT8
+        rows = decode_keys(codes, begin, offset, live, h, dims, HKV, D, PAGE, 1, PART)
+        at = tl.load(frames + i) * FRAME * UNIT + (h * PAGE + offset)[:, None] * D + dims[None, :]
+        real = (dims < D)[None, :]
+        tl.store(arena + at, rows.to(arena.dtype.element_ty), mask=real)
+        rows = decode_values(codes, begin, offset, live, h, dims, HKV, D, PAGE)
+        tl.store(arena + HKV * PAGE * D + at, rows.to(arena.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["layer", "step"])
 def fold(
     attended, page_table, seq_lens, place, filled, stamp, uses, numbers,
     layer, step, P, F, table_row, M, capacity,
-    HKV: tl.constexpr, PAGE: tl.constexpr, RECORD: tl.constexpr, BLOCK: tl.constexpr,
+    HKV: tl.constexpr, PAGE: tl.constexpr, FRAME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What a decode of a layer attended: step of its pages, uses of their frames, numbers, and a
     list of the pages that have no frame, once a step. Grid (B, blocks of pages)."""
@@ -113,7 +154,7 @@ def fold(
         page = tl.load(page_table + b * table_row + at, mask=touched, other=0).to(tl.int64)
         key = layer.to(tl.int64) * P + page
         where = tl.load(place + page, mask=touched, other=-1)
-        frame = where // RECORD
+        frame = where // FRAME
         inside = (where >= 0) & (frame < F)
         tl.atomic_add(uses + frame, heads, mask=inside)
         before = tl.atomic_xchg(stamp + key, tl.zeros_like(heads) + step, mask=touched)

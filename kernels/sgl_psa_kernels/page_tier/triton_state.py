@@ -10,8 +10,9 @@ from sgl_psa_kernels.page_tier.shape import TierShape
 from sgl_psa_kernels.page_tier.triton_streams import Event, Inline, Streams
 
 #: Pages attended in frames and on the host, by (row, KV head) pairs; 1 + key of a page that held
-#: fewer tokens than were attended; how many pages were to be listed; the list begins at LIST.
-HITS, THROUGH, SHORT, MISSED, LIST = range(5)
+#: fewer tokens than were attended, and of an open one that found no frame; how many pages were to
+#: be listed; the list begins at LIST.
+HITS, THROUGH, SHORT, LACKED, MISSED, LIST = range(6)
 
 #: Most pages that one look lists; those behind them are listed when they are attended again.
 LISTED = 8192
@@ -24,7 +25,8 @@ class Seen:
     Attributes:
         step: the last decode step in it.
         hits, through: (row, KV head) pairs.
-        short: None, or layer * P + page of a page that was too short.
+        short, lacked: None, or layer * P + page of a page that was too short, or that was not full
+            and found no frame under an int8 host.
         keys: int64 [n], layer * P + page of pages without frame, in any order, perhaps repeated.
         open: bool [n], whether the page was not full then.
         uses: int32 [F], (row, KV head) pairs that attended each frame.
@@ -34,6 +36,7 @@ class Seen:
     hits: int
     through: int
     short: int | None
+    lacked: int | None
     keys: torch.Tensor
     open: torch.Tensor
     uses: torch.Tensor
@@ -78,13 +81,14 @@ class DeviceState:
 
     def read(self) -> Seen:
         """What a look whose event has passed has seen."""
-        hits, through, short, missed = self._told_numbers[:LIST].tolist()
+        hits, through, short, lacked, missed = self._told_numbers[:LIST].tolist()
         entries = self._told_numbers[LIST : LIST + min(missed, self.capacity)]
         return Seen(
             self._step,
             hits,
             through,
             short - 1 if short else None,
+            lacked - 1 if lacked else None,
             entries >> 1,
             (entries & 1).bool(),
             self._told_uses,

@@ -7,6 +7,7 @@ The order of events, all on the caller's stream but the copy:
 3. Once the host sees that the copy has ended, the places of the new pages are set to the frames.
 
 A page that was not full may be written during such a copy: it is copied on the caller's stream.
+Under an int8 host it is never copied (``triton_open_pages.py``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from collections import deque
 import torch
 
 from sgl_psa_kernels.page_tier.shape import TierShape, TierTables
+from sgl_psa_kernels.page_tier.tier import no_frame
 from sgl_psa_kernels.page_tier.triton_frames import FrameBook
+from sgl_psa_kernels.page_tier.triton_open_pages import OpenPages
 from sgl_psa_kernels.page_tier.triton_places import Places
 from sgl_psa_kernels.page_tier.triton_state import DeviceState, Seen
 from sgl_psa_kernels.page_tier.triton_streams import Event, Inline, Streams
@@ -27,6 +30,7 @@ class Traffic:
 
     Attributes:
         book: who has which frame.
+        open_pages: those of an int8 host, or None.
         hits, through: (row, KV head) pairs that attended pages in frames, and on the host.
         loads: pages brought to frames.
         failure: None, or why what was answered is wrong.
@@ -45,6 +49,7 @@ class Traffic:
         self._state, self._streams, self._pipeline = state, streams, pipeline
         self.book = FrameBook(shape, tables)
         self.hits = self.through = self.loads = 0
+        self.open_pages: OpenPages | None = None
         self.failure: str | None = None
         self._look: Event | None = None
         #: Copies under way: their end, pages and frames.
@@ -69,8 +74,11 @@ class Traffic:
         gone = torch.cat(self._gone).unique()
         self._gone.clear()
         first = torch.arange(self._shape.num_layers) * self._shape.num_pages
+        there = self._streams.upload(gone)
+        if self.open_pages is not None:
+            self.open_pages.release(there)
         self._places.move((first[:, None] + gone).flatten(), None)
-        self._state.pages.index_fill_(2, self._streams.upload(gone), 0)
+        self._state.pages.index_fill_(2, there, 0)
 
     def look(self, step: int) -> None:
         """At the end of a step: have the host told of it, unless it still waits for the last."""
@@ -112,6 +120,12 @@ class Traffic:
                 f"page_tier: page {page} of layer {layer} held fewer tokens than were read of it "
                 f"in step {seen.step} or before; what was answered since is wrong"
             )
+        if seen.lacked is not None and self.open_pages is not None:
+            layer = seen.lacked // self._shape.num_pages
+            self.failure = (
+                f"{no_frame(layer, self.open_pages.count)}; what was answered in step {seen.step}, "
+                "perhaps before, and since is wrong"
+            )
         return seen
 
     def _answer(self, seen: Seen) -> None:
@@ -150,6 +164,8 @@ class Traffic:
         """Bring pages of a layer on the current stream; returns how many were."""
         keys = layer * self._shape.num_pages + pages.unique()
         keys = keys[self._tables.frame_of.view(-1)[keys] < 0]
+        if self.open_pages is not None:
+            keys = keys[self._tables.filled.view(-1)[keys] == self._shape.page_size]
         keys, frames, lost = self.book.take(layer, keys, step)
         self._places.move(lost, None)
         self._bring(keys, frames, aside=False)

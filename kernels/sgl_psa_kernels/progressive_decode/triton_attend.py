@@ -5,6 +5,8 @@ results are merged in a fixed order: a row's result depends neither on the batch
 
 ``TIERED``: pages lie in records [2, Hkv, PAGE, D] anywhere in memory that the device can address;
 ``place_of`` int64 has where each begins, in units of 16 elements from the pointers ``k`` and ``v``.
+``INT8``: those that do not begin within the ``arena`` first units are records of
+``page_tier/codec.py``; ``codes`` is ``k`` by bytes, and INT8 the bytes of a unit.
 """
 
 import triton
@@ -21,6 +23,7 @@ from sgl_psa_kernels.progressive_decode.triton_select import (
     kappa_now,
     lower_bound,
 )
+from sgl_psa_kernels.triton_int8 import decode_keys, decode_values
 from sgl_psa_kernels.triton_support import PLACE_UNIT
 from sgl_psa_kernels.triton_tiles import (
     absorb,
@@ -30,6 +33,7 @@ from sgl_psa_kernels.triton_tiles import (
     log_add,
     page_masses,
     tile_logits,
+    tile_rows,
 )
 
 UNIT = tl.constexpr(PLACE_UNIT)
@@ -54,6 +58,36 @@ def first_slot(page, place, live, PAGE: tl.constexpr, TIERED: tl.constexpr):
 
 
 @triton.jit
+def page_rows(
+    x, codes, begin, offset, live, arena, h, head, stride, dims, VALUES: tl.constexpr,
+    HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    PAGES: tl.constexpr, PART: tl.constexpr, TIERED: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """Keys or values [PAGES * PART, DIMS] of a KV head.
+
+    Args:
+        x: pointer to keys or values, ``head`` elements from head to head, ``stride`` from slot to
+            slot.
+        begin: :func:`first_slot` of each token's page; offset: the token's place in it.
+    """
+    apart: tl.constexpr = D // UNIT if TIERED else 1
+    near = live
+    if INT8:
+        near = live & (begin >= 0) & (begin < arena)
+    rows = tile_rows(x + h * head, begin + offset * apart, near, dims, D, stride)
+    if INT8:
+        away = live & (near == 0)
+        if VALUES:
+            coded = decode_values(codes, begin * INT8, offset, away, h, dims, HKV, D, PAGE)
+        else:
+            coded = decode_keys(
+                codes, begin * INT8, offset, away, h, dims, HKV, D, PAGE, PAGES, PART
+            )
+        rows = tl.where(away[:, None], coded.to(rows.dtype), rows)
+    return rows
+
+
+@triton.jit
 def chunk_pages(count, LEAST: tl.constexpr, PAGES: tl.constexpr, CHUNKS: tl.constexpr):
     """Pages of a chunk of a list of ``count``: whole tiles, at most CHUNKS chunks."""
     pages = tl.maximum((count + CHUNKS - 1) // CHUNKS, LEAST)
@@ -62,14 +96,14 @@ def chunk_pages(count, LEAST: tl.constexpr, PAGES: tl.constexpr, CHUNKS: tl.cons
 
 @triton.jit
 def attend_list(
-    q, k, v, page_table, seq_lens, place_of, mode, log_mass, pages, counts,
+    q, k, v, page_table, seq_lens, place_of, codes, arena, mode, log_mass, pages, counts,
     part_out, part_lse, part_moments,
     q_row, q_head, k_slot, k_head, v_slot, v_head, table_row, M, chunks_given, scale,
     FORCED: tl.constexpr, ESTIMATES: tl.constexpr, TOLD: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, GT: tl.constexpr, D: tl.constexpr, DT: tl.constexpr,
     PAGE: tl.constexpr, PAGES: tl.constexpr, PART: tl.constexpr,
     LEAST: tl.constexpr, CHUNKS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    TIERED: tl.constexpr,
+    TIERED: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Attend the first ``counts`` [R] of ``pages`` [R, M], a chunk at a time: part_out
     [R, chunks_given, G, D], part_lse [R, chunks_given, G] and, where the rule needs them, the
@@ -86,7 +120,6 @@ def attend_list(
     at = q + b * q_row + (h * G + g)[:, None] * q_head + dims[None, :]
     query = tl.load(at, mask=real, other=0.0).to(DOT)
     token = tl.arange(0, PAGES * PART)
-    apart: tl.constexpr = D // UNIT if TIERED else 1
     size = chunk_pages(count, LEAST, PAGES, CHUNKS)
     chunk = tl.program_id(1)
     while chunk * size < count:
@@ -106,14 +139,16 @@ def attend_list(
             for part in range(PAGE // PART):
                 offset = part * PART + token % PART
                 live = (place < stop) & (page * PAGE + offset < length)
-                slot = begin + offset * apart
-                logits = tile_logits(
-                    query, k + h * k_head, slot, live, dims, D, k_slot, scale, PRECISION
-                )
-                top, total, acc = absorb(
-                    logits, v + h * v_head, slot, live, dims, D, v_slot, top, total, acc,
-                    DOT, PRECISION,
+                keys = page_rows(
+                    k, codes, begin, offset, live, arena, h, k_head, k_slot, dims, False,
+                    HKV, D, PAGE, PAGES, PART, TIERED, INT8,
                 )  # fmt: skip
+                logits = tile_logits(query, keys, live, scale, PRECISION)
+                values = page_rows(
+                    v, codes, begin, offset, live, arena, h, v_head, v_slot, dims, True,
+                    HKV, D, PAGE, PAGES, PART, TIERED, INT8,
+                )  # fmt: skip
+                top, total, acc = absorb(logits, values, top, total, acc, DOT, PRECISION)
                 if ESTIMATES:
                     if compare:
                         mass = log_add(mass, page_masses(logits, PAGES, PART))
@@ -224,7 +259,7 @@ def merge_chunks(
 
 @triton.jit
 def rounds(
-    q, k, v, page_table, seq_lens, place_of, log_mass,
+    q, k, v, page_table, seq_lens, place_of, codes, arena, log_mass,
     mode, threshold, kappa_floor, kappa_std, kappa_start,
     key, found, order, suffix, lse, total, latest, seen, scored, state, group_count,
     listed, state_out, attended, out, kappa_out, residuals,
@@ -233,7 +268,7 @@ def rounds(
     HKV: tl.constexpr, G: tl.constexpr, GT: tl.constexpr, D: tl.constexpr, DT: tl.constexpr,
     PAGE: tl.constexpr, PAGES: tl.constexpr, PART: tl.constexpr,
     WINDOW: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, TIERED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, TIERED: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """All groups that are left, until the rule stops; then the result. Grid (R,).
 
@@ -258,7 +293,6 @@ def rounds(
         length = tl.load(seq_lens + b)
         n = (length + PAGE - 1) // PAGE
         token = tl.arange(0, PAGES * PART)
-        apart: tl.constexpr = D // UNIT if TIERED else 1
         rows = q + b * q_row + (h * G + g)[:, None] * q_head + dims[None, :]
         query = tl.load(rows, mask=tile, other=0.0).to(DOT)
         whole = tl.load(total + heads, mask=real, other=0.0)
@@ -302,14 +336,18 @@ def rounds(
                     for part in range(PAGE // PART):
                         offset = part * PART + token % PART
                         live = (place < taken) & (own * PAGE + offset < length)
-                        slot = begin + offset * apart
-                        logits = tile_logits(
-                            query, k + h * k_head, slot, live, dims, D, k_slot, scale, PRECISION
-                        )
-                        top, total_now, acc = absorb(
-                            logits, v + h * v_head, slot, live, dims, D, v_slot,
-                            top, total_now, acc, DOT, PRECISION,
+                        keys = page_rows(
+                            k, codes, begin, offset, live, arena, h, k_head, k_slot, dims, False,
+                            HKV, D, PAGE, PAGES, PART, TIERED, INT8,
                         )  # fmt: skip
+                        logits = tile_logits(query, keys, live, scale, PRECISION)
+                        values = page_rows(
+                            v, codes, begin, offset, live, arena, h, v_head, v_slot, dims, True,
+                            HKV, D, PAGE, PAGES, PART, TIERED, INT8,
+                        )  # fmt: skip
+                        top, total_now, acc = absorb(
+                            logits, values, top, total_now, acc, DOT, PRECISION
+                        )
                         if compare:
                             mass = log_add(mass, page_masses(logits, PAGES, PART))
                     if compare:

@@ -64,6 +64,7 @@ def progressive_decode(
     kappa_start: torch.Tensor | None = None,
     residuals: torch.Tensor | None = None,
     place: torch.Tensor | None = None,
+    codes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.progressive_decode.progressive_decode`.
 
@@ -75,11 +76,13 @@ def progressive_decode(
             begins, in units of ``PLACE_UNIT`` elements from the first element of ``k_cache``: keys
             there, values as far from the first element of ``v_cache``. The caches are then
             [any, Hkv, page_size, D] views of keys and values of records that lie one by one.
+        codes: None, or int8, the bytes of all of them: pages that begin elsewhere are then records
+            of ``page_tier/codec.py``.
         The others: as there.
     """
     op, folder = "progressive_decode", "progressive_decode"
     given = [q, k_cache, v_cache, page_table, seq_lens, log_mass, mode, threshold]
-    given += [kappa_floor, kappa_std, first_pages, attended, kappa_start, residuals, place]
+    given += [kappa_floor, kappa_std, first_pages, attended, kappa_start, residuals, place, codes]
     select = kernels(op, f"{folder}.triton_select", *given)
     attend = kernels(op, f"{folder}.triton_attend", *given)
     batch, num_q, dim = q.shape
@@ -127,12 +130,15 @@ def progressive_decode(
         "DOT": dot_dtype(q.dtype),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }
-    tiered = {"TIERED": place is not None}
+    # Places begin within the arena, or where pages are in int8.
+    unit = PLACE_UNIT * q.element_size() if codes is not None else 0
+    arena = codes.numel() // unit if codes is not None else 0
+    tiered = {"TIERED": place is not None, "INT8": unit}
     cache_strides = [*k_cache.stride()[:2], *v_cache.stride()[:2]]
     if place is not None:
         cache_strides = [PLACE_UNIT, page_size * dim] * 2
     strides = [*q.stride()[:2], *cache_strides, page_table.stride(0)]
-    inputs = (q, k_cache, v_cache, page_table, seq_lens, place)
+    inputs = (q, k_cache, v_cache, page_table, seq_lens, place, codes, arena)
     part_out, part_lse = empty(pairs, chunks, group, dim), empty(pairs, chunks, group)
     parts = (part_out, part_lse, empty(pairs, chunks, 3, group))
 

@@ -7,7 +7,7 @@ whose results are merged with the output in a fixed order.
 import triton
 import triton.language as tl
 
-from sgl_psa_kernels.triton_tiles import absorb, finite
+from sgl_psa_kernels.triton_tiles import absorb, finite, tile_rows
 
 
 @triton.jit
@@ -48,10 +48,8 @@ def partial(
                 mask=(g < G)[:, None] & left[None, :],
                 other=float("-inf"),
             )
-            top, total, acc = absorb(
-                mass, means + h * mean_head, frame, left, dims, D, mean_page, top, total, acc,
-                tl.float32, "tf32x3",
-            )  # fmt: skip
+            rows = tile_rows(means + h * mean_head, frame, left, dims, D, mean_page)
+            top, total, acc = absorb(mass, rows, top, total, acc, tl.float32, "tf32x3")
         state = (r * chunks + chunk) * G + g
         tl.store(part_lse + state, finite(top) + tl.log(total), mask=g < G)
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]

@@ -1,4 +1,5 @@
-"""SGLang's pool and backend over the Triton tier, prefill as on a GPU: as over a resident pool."""
+"""SGLang's pool and backend over the Triton tier, prefill as on a GPU: as over a resident pool, or
+as over the reference's int8 host."""
 
 import torch
 from sgl_psa_kernels.page_tier import TritonTier
@@ -12,19 +13,35 @@ TIERS = {
     "device_pool_bytes": 2 * 64 // PAGE * FRAME,
     "host_pool_bytes": (SLOTS // PAGE + 1) * LAYERS * FRAME,
 }
+INT8 = {**TIERS, "host_dtype": "int8"}
 
 
-def test_prefill_and_decode_are_those_of_the_resident_pool(monkeypatch) -> None:
+def played(monkeypatch, **changes):
+    """Outputs of a few prompts and steps with those of dense attention, and the driver."""
     monkeypatch.setattr(prefill, "choose", lambda *_: prefill.fused)
     common = {"backend": "triton", "scorer": "sketch", "sketch_bits": 1, "min_context": 0}
     common |= {"recent_pages": 1, "group_pages": 1, "delta": 0.4}
-    results = []
-    for changes in ({}, TIERS):
-        driver = Driver(make_backend(monkeypatch, **common, **changes))
-        steps = [("extend", {0: 26, 1: 3}), ("extend", {0: 5}), ("decode", {0: 1, 1: 1})]
-        steps += [("decode", {0: 1, 1: 1})]
-        results.append([pair for step in steps for pair in driver.step(*step)])
-    for (resident, _), (tiered, exact) in zip(*results, strict=True):
+    driver = Driver(make_backend(monkeypatch, **common | changes))
+    steps = [("extend", {0: 26, 1: 3}), ("extend", {0: 5}), ("decode", {0: 1, 1: 1})]
+    steps += [("decode", {0: 1, 1: 1})]
+    return [pair for step in steps for pair in driver.step(*step)], driver
+
+
+def test_an_int8_host_is_that_of_the_reference(monkeypatch) -> None:
+    expected = played(monkeypatch, **INT8, backend="reference")[0]
+    results, driver = played(monkeypatch, **INT8)
+    for (want, _), (got, _) in zip(expected, results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    exact = [out for out, _ in played(monkeypatch, backend="reference")[0]]
+    assert not all(torch.allclose(a, b, 1e-3) for a, (b, _) in zip(exact, results, strict=True))
+    tier = driver.backend.pool.tier
+    assert isinstance(tier.tier, TritonTier) and tier.snapshot()["misses"] > 0
+    assert tier.check() == []
+
+
+def test_prefill_and_decode_are_those_of_the_resident_pool(monkeypatch) -> None:
+    (expected, _), (tiers, driver) = (played(monkeypatch, **changes) for changes in ({}, TIERS))
+    for (resident, _), (tiered, exact) in zip(expected, tiers, strict=True):
         assert torch.equal(resident, tiered)
         assert (tiered - exact).norm() < 0.5 * exact.norm()
     pool = driver.backend.pool

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sgl_psa_kernels.page_tier import HostStore, TierShape, TritonTier
+from sgl_psa_kernels.page_tier import HostStore, TierShape, TritonTier, codec
 from sgl_psa_kernels.page_tier import shape as tier_shape
 from sgl_psa_kernels.page_tier.triton_streams import Inline
 from sgl_psa_kernels.progressive_decode import progressive_decode
@@ -20,6 +20,8 @@ FP16, FP32 = torch.float16, torch.float32
 SHAPE = TierShape(2, 21, 16, 8, 2, 16, FP16)
 #: Dense, marginal and coverage.
 RULES = ((0, 0.0, 0.0, 0.0), (1, -1.0, 0.0, 0.0), (2, -1.0, 0.0, 1.0))
+#: Pages in a group of each.
+GROUPS = {TierShape(1, 13, 8, 16, 1, 80, FP16): 2, TierShape(1, 7, 2, 64, 1, 32, FP32): 4}
 
 
 class Late:
@@ -88,13 +90,13 @@ class Rows:
         return cls(table, lens, (mass, torch.full((count,), rule[0]).int(), *columns), q)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=["dense", "marginal", "coverage"])
 @pytest.mark.parametrize(
-    ("shape", "group"),
-    [(TierShape(1, 13, 8, 16, 1, 80, FP16), 2), (TierShape(1, 7, 2, 64, 1, 32, FP32), 4)],
+    ("shape", "rule"),
+    [(shape, rule) for shape in GROUPS for rule in RULES]
+    + [(shape._replace(host_dtype=torch.int8), RULES[2]) for shape in GROUPS],
     ids=str,
 )
-def test_attention_is_that_of_the_resident_pool(shape: TierShape, group: int, rule) -> None:
+def test_attention_is_that_of_the_resident_pool(shape: TierShape, rule) -> None:
     """Pages on the host, then in frames in part; groups of 4 are split over programs."""
     pool = make_pool(shape)
     tokens = (shape.num_pages - 1) * shape.page_size - 2
@@ -102,7 +104,8 @@ def test_attention_is_that_of_the_resident_pool(shape: TierShape, group: int, ru
     pool.fill(pages, tokens)
     assert torch.equal(pool.gather(0, pages, tokens), pool.truth(0, pages, tokens))
     rows = Rows.make(pool, [(pages, tokens)], rule)
-    options = {"sink_pages": 1, "recent_pages": 1, "group_pages": group}
+    options = {"sink_pages": 1, "recent_pages": 1}
+    options["group_pages"] = GROUPS[shape._replace(host_dtype=None)]
     options |= {"sm_scale": shape.head_dim**-0.5}
     flags = torch.full((2, 1, 1, rows.table.shape[1]), 7, dtype=torch.uint8)
     want = progressive_decode(
@@ -121,6 +124,17 @@ def test_attention_is_that_of_the_resident_pool(shape: TierShape, group: int, ru
     assert pool.tier.check() == []
 
 
+def page_at(frames: torch.Tensor, place: int, shape: TierShape) -> torch.Tensor:
+    """[2, Hkv, page_size, D] of the record that begins there."""
+    at = place * 16 * shape.dtype.itemsize
+    away = shape.int8_host and not 0 <= at < shape.num_frames * shape.frame_bytes
+    size = shape.record_bytes if away else shape.frame_bytes
+    record = (ctypes.c_char * size).from_address(frames.data_ptr() + at)
+    if away:
+        return codec.decode(torch.frombuffer(record, dtype=torch.uint8), shape)
+    return torch.frombuffer(record, dtype=shape.dtype).view(2, *shape.page_shape)
+
+
 @pytest.fixture
 def attention(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """In place of attention, which takes seconds here: each page that is ``chosen`` is found where
@@ -132,7 +146,7 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     ):
         k, v, shape = k_cache, v_cache, self.pool.shape
         attended.zero_()
-        part = shape.record_bytes // 2
+        part = shape.frame_bytes // 2
         assert (v.data_ptr() - k.data_ptr()) == part
         for row, length in enumerate(seq_lens.tolist()):
             count = -(-length // page_size)
@@ -141,9 +155,7 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             attended[row, :, :count] = flags
             for at in torch.nonzero(flags.any(0)).flatten().tolist():
                 page = int(page_table[row, at])
-                address = k.data_ptr() + int(place[page]) * 16 * shape.dtype.itemsize
-                record = (ctypes.c_char * (2 * part)).from_address(address)
-                held = torch.frombuffer(record, dtype=shape.dtype).view(2, *shape.page_shape)
+                held = page_at(k, int(place[page]), shape)
                 tokens = min(page_size, length - at * page_size)
                 truth = self.pool.truth(self.layer, torch.tensor([page]), tokens)
                 if not self.lenient:
@@ -307,15 +319,18 @@ def test_a_page_that_began_anew_is_not_brought_as_what_it_was(attention) -> None
     assert pool.tier.counters().loads == 2
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "host_dtype"), [(0, None), (1, None), (2, None), (0, torch.int8)])
 def test_random_requests_with_copies_that_end_at_any_time(
-    seed: int, attention, monkeypatch: pytest.MonkeyPatch
+    seed: int, host_dtype, attention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests come, share a prefix, grow and go; side work runs at random points in between."""
     monkeypatch.setattr(tier_shape, "BLOCK_TOKENS", 8)  # A small arena: frames change hands.
-    shape = TierShape(2, 25, (6, 10, 24)[seed], 8, 1, 16, FP16)
+    shape = TierShape(2, 25, (6, 10, 24)[seed], 8, 1, 16, FP16, host_dtype)
+    if shape.int8_host:  # Three requests, a page of each and layer.
+        shape = shape._replace(num_frames=shape.num_frames + 6)
     streams = LateStreams()
     pool = make_pool(shape, pipeline=seed != 2, streams=streams, seed=seed)
+    pool.tier.set_open_pages(3)
     attention.chosen = lambda size: torch.rand(size, generator=pool.rng) < 0.25
     choose = random.Random(seed)
     free = list(range(1, shape.num_pages))
