@@ -11,6 +11,7 @@ from sgl_psa_kernels._native import native_available
 from benchmark.ops.keys import mixed
 from sgl_psa.backends import resolve_backend
 from sgl_psa.config import PSAConfig
+from sgl_psa.huge_pages import zero_in_huge_pages
 from sgl_psa.kv_layout import zeros_heads_first
 from sgl_psa.scorers import CacheShape, Scorer, make_scorer
 from sgl_psa.scorers.base import PageBatch
@@ -35,10 +36,12 @@ class Heads:
 class Setting:
     """``batch`` requests of ``context`` tokens in every layer of a pool of ``pool_bytes`` or more.
 
-    Every request and layer holds the same keys, each in memory of its own, pages scattered. The
-    pool is allocated as the server's is.
+    Every request and layer holds the same keys, each in memory of its own. The pool is allocated as
+    the server's is.
 
     Attributes:
+        heads_apart: the heads of a token do not lie side by side.
+        in_order: a request's pages follow each other; otherwise they are scattered.
         q: bf16 [B, Hq, D]; k, v: one [slots, Hkv, D] a layer; slots: int64 [B, context].
     """
 
@@ -47,6 +50,8 @@ class Setting:
     heads: Heads = field(default_factory=Heads)
     pool_bytes: int = 1_300_000_000
     min_layers: int = 2
+    heads_apart: bool = True
+    in_order: bool = False
 
     def __post_init__(self) -> None:
         heads, page = self.heads, self.heads.page
@@ -59,6 +64,8 @@ class Setting:
         self.layers = max(self.min_layers, -(-self.pool_bytes // self.layer_bytes))
         pages = self.context // page
         order = torch.randperm(self.batch * pages, generator=rng) + 1
+        if self.in_order:
+            order = order.sort().values
         self.page_table = order.view(self.batch, pages).int()
         self.slots = (self.page_table.long()[..., None] * page + torch.arange(page)).flatten(1)
         self.k = [self._pool(keys) for _ in range(self.layers)]
@@ -72,7 +79,11 @@ class Setting:
     def _pool(self, rows: torch.Tensor) -> torch.Tensor:
         heads = self.heads
         slots = (self.page_table.numel() + 1) * heads.page
-        pool = zeros_heads_first(slots, heads.kv, heads.dim, rows.dtype, "cpu")
+        if self.heads_apart:
+            pool = zeros_heads_first(slots, heads.kv, heads.dim, rows.dtype, "cpu")
+        else:
+            pool = torch.empty(slots, heads.kv, heads.dim, dtype=rows.dtype)
+            zero_in_huge_pages(pool)
         for row in self.slots:
             pool[row] = rows
         return pool
