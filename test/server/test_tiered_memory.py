@@ -4,7 +4,6 @@ One server keeps a quarter of the pool near the compute and the rest in a file, 
 few steps whether it must or not; the other keeps a tenth, and the rest in memory.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import requests
 
 from test.server.compare import assert_same, reads, tokens
-from test.server.conftest import CHUNK, COMMON, PAGE, PSA, flags, running
+from test.server.conftest import CHUNK, COMMON, PAGE, PSA, flags, running, tiers
 from test.server.process import Engine, Server
 from test.server.prompts import Prompts
 
@@ -27,17 +26,6 @@ CAREFUL = {"psa_delta": 0.001}
 SHARES = {"quarter": 4, "tenth": 10}
 
 
-def tiers(model: Path, share: int) -> dict[str, int]:
-    """Bytes of both tiers for ``POOL`` tokens, a ``share``-th of them on the device tier."""
-    config = json.loads((model / "config.json").read_text())
-    row = 2 * config["num_key_value_heads"] * config["head_dim"] * 4
-    page = PAGE * row * config["num_hidden_layers"]
-    return {
-        "psa_device_pool_bytes": POOL // PAGE * page // share,
-        "psa_host_pool_bytes": (POOL // PAGE + 1) * page,
-    }
-
-
 @pytest.fixture(scope="module", params=SHARES)
 def tiered(request: pytest.FixtureRequest, model: Path, logs: Path, tmp_path_factory) -> Iterator:
     name = request.param
@@ -46,7 +34,7 @@ def tiered(request: pytest.FixtureRequest, model: Path, logs: Path, tmp_path_fac
         chunked_prefill_size=CHUNK,
         max_running_requests=8,
         enable_metrics=True,
-        **tiers(model, SHARES[name]),
+        **tiers(model, POOL, SHARES[name]),
         **{**COMMON, **PSA, "context_length": 4096},
     )
     checks = {
