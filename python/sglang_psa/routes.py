@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 from sgl_psa.audit.counts import merge_reports
 from sgl_psa.stats import ReadCounts
 from sglang_psa import compat, state, tiered_report
@@ -23,7 +25,7 @@ ROUTE = "/psa/stats"
 CHECK_ROUTE = "/psa/memory/check"
 KEY = "psa"
 #: Fields of the statistics that are the same in every rank.
-COMMON = ("config", "backend", "isa", "page_size", "sparse_from", "tp_size", "scope")
+COMMON = ("config", "backend", "isa", "threads", "page_size", "sparse_from", "tp_size", "scope")
 
 
 def describe(result: Any, scheduler: Any, question: Any = None) -> None:
@@ -37,6 +39,7 @@ def describe(result: Any, scheduler: Any, question: Any = None) -> None:
         "config": backend.config.as_dict(),
         "backend": backend.wrapper.backend,
         "isa": _isa(backend.wrapper.backend),
+        "threads": torch.get_num_threads(),
         "page_size": backend.wrapper.page_size,
         "sparse_from": backend.wrapper.min_context,
         "dp_rank": ranks.dp_rank or 0,

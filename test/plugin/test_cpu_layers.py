@@ -62,10 +62,11 @@ def test_linear_and_head(wide, dtype, rows):
     torch.testing.assert_close(got.double(), exact + bias.double(), **close)
     got = layers[1].quant_method.apply(layers[1], x)
     torch.testing.assert_close(got.double(), exact, **close)
-    short, many = dtype in cpu_layers.SHORT_TYPES, wide and rows >= cpu_layers.MIN_ROWS
-    ran = (
-        "skinny_linear" if short and 0 < rows <= 8 else "wide_linear" if short and many else "torch"
-    )
+    ran = "torch"
+    if dtype in cpu_layers.SHORT_TYPES and 0 < rows <= cpu_layers.MAX_ROWS:
+        ran = "skinny_linear"
+    elif dtype in cpu_layers.SHORT_TYPES and wide and rows >= cpu_layers.MIN_ROWS:
+        ran = "wide_linear"
     assert cpu_layers.calls == {ran: 2}
     assert torch.equal(layers[1].quant_method.embedding(layers[1], torch.tensor([5])), weight[5:6])
 
