@@ -10,7 +10,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers whose threads wait for each other spin on the same cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SHARED = {"server", "uncached"}
+#: Fixture of several modules -> the group of tests that use it; the first one counts.
+SHARED = {"server": "shared servers", "uncached": "shared servers", "served": "served model"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,5 +24,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("server") is None:
             continue
         fixtures = set(getattr(item, "fixturenames", ()))
-        group = "shared servers" if fixtures & SHARED else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+        groups = [group for name, group in SHARED.items() if name in fixtures]
+        item.add_marker(pytest.mark.xdist_group([*groups, item.path.stem][0]))

@@ -8,6 +8,7 @@ before attention, so the summaries are up to date when pages are scored.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class PSAAttentionBackend(AttentionBackend):
         rules: rule of each slot of the request pool.
         wrapper: the decode loop; ``wrapper.stats`` are the totals since start.
         last_step: statistics of the newest finished decode step, rows in batch order.
+        layer_calls: of the CPU layers by what ran; ``None`` where the model keeps SGLang's.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -50,10 +52,12 @@ class PSAAttentionBackend(AttentionBackend):
                 f"the KV pool is {type(runner.token_to_kv_pool).__name__}, not PSAKVPool"
             )
         layers.check(runner.model)
+        self.layer_calls: Counter[str] | None = None
         if runner.token_to_kv_pool.kernel_backend == "cpu" and defaults.on_psa_cpu_platform():
             from sglang_psa import cpu_layers
 
             cpu_layers.install(runner.model)
+            self.layer_calls = cpu_layers.calls
         self.pool = runner.token_to_kv_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token

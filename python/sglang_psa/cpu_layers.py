@@ -11,6 +11,7 @@ whatever updates them in place is seen at once.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 #: Types whose matrix products torch does not already run at the speed of the machine.
 SHORT_TYPES = (torch.bfloat16, torch.float16)
+#: Calls since start by what ran: the names of kernels, ``wide_linear``, or ``torch`` for input that
+#: none of them takes.
+calls: Counter[str] = Counter()
 #: Elements of a weight that are converted to float32 at a time.
 _PART = 1 << 22
 
@@ -49,9 +53,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         and weight.stride(1) == 1
     ):
         if 0 < rows <= MAX_ROWS:
+            calls["skinny_linear"] += 1
             return skinny_linear(x, weight, bias, backend="cpu")
         if rows >= MIN_ROWS and faster_in_float32(x.dtype):
+            calls["wide_linear"] += 1
             return wide_linear(x, weight, bias)
+    calls["torch"] += 1
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -92,7 +99,9 @@ def norm(
     """``RMSNorm.forward_native`` in one pass."""
     same = x.dtype == module.weight.dtype and (residual is None or residual.dtype == x.dtype)
     if not same or post_residual_addition is not None:
+        calls["torch"] += 1
         return module.forward_native(x, residual, post_residual_addition)
+    calls["rms_norm"] += 1
     out, total = rms_norm(
         x, module.weight.data, residual, eps=module.variance_epsilon, backend="cpu"
     )
@@ -119,7 +128,9 @@ def rotate(
         or positions.dim() != 1
         or positions.dtype != torch.int64
     ):
+        calls["torch"] += 1
         return module.forward_native(positions, query, key, offsets, fused_set_kv_buffer_arg)
+    calls["rope"] += 1
     rope(
         positions,
         query,
@@ -134,6 +145,7 @@ def rotate(
 
 def activate(module: Any, x: torch.Tensor) -> torch.Tensor:
     """``SiluAndMul.forward_native`` in one pass."""
+    calls["silu_and_mul"] += 1
     return silu_and_mul(x, backend="cpu")
 
 

@@ -10,6 +10,7 @@ PAGE_SIZE = 16
 #: Share of memory for weights and KV on a machine whose RAM the server shares with others.
 CPU_MEM_FRACTION = 0.7
 OMP_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
+CORE_DUMP = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"
 
 
 def apply_psa_defaults(server_args: Any) -> None:
@@ -39,6 +40,8 @@ def apply_cpu_defaults(server_args: Any) -> None:
         server_args.attention_backend = "torch_native"
     if server_args.mem_fraction_static is None:
         server_args.mem_fraction_static = CPU_MEM_FRACTION
+    # When one rank fails, SGLang gives the others a minute to dump the state of their GPUs.
+    os.environ.setdefault(CORE_DUMP, "0")
     _bind_threads(server_args.tp_size)
 
 

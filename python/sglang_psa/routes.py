@@ -7,9 +7,12 @@ data-parallel server has one part a rank; the route sums them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
+
+import torch
 
 from sgl_psa.audit.counts import merge_reports
 from sgl_psa.stats import ReadCounts
@@ -22,7 +25,7 @@ ROUTE = "/psa/stats"
 CHECK_ROUTE = "/psa/memory/check"
 KEY = "psa"
 #: Fields of the statistics that are the same in every rank.
-COMMON = ("config", "backend", "isa", "page_size", "sparse_from", "tp_size", "scope")
+COMMON = ("config", "backend", "isa", "threads", "page_size", "sparse_from", "tp_size", "scope")
 
 
 def describe(result: Any, scheduler: Any, question: Any = None) -> None:
@@ -36,11 +39,13 @@ def describe(result: Any, scheduler: Any, question: Any = None) -> None:
         "config": backend.config.as_dict(),
         "backend": backend.wrapper.backend,
         "isa": _isa(backend.wrapper.backend),
+        "threads": torch.get_num_threads(),
         "page_size": backend.wrapper.page_size,
         "sparse_from": backend.wrapper.min_context,
         "dp_rank": ranks.dp_rank or 0,
         "tp_rank": ranks.tp_rank,
         "tp_size": ranks.tp_size,
+        "cpu_layers": None if backend.layer_calls is None else dict(backend.layer_calls),
         "memory": tiered_report.section(backend.pool, scheduler, question),
         "admission": admission_stats(),
         "scope": f"KV heads of tensor-parallel rank {ranks.tp_rank} of {ranks.tp_size}",
@@ -63,8 +68,9 @@ def merge(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Counts and bytes are sums over ranks, fractions and means follow from them. ``layers`` has one
     entry a layer; ``inherited`` (requests whose predictions started from a shared prefix's) is
     ``None`` unless the server predicts (``--psa-predict``), ``audit`` unless it audits
-    (``--psa-audit-rate``), ``memory`` unless K and V are on two tiers; ``ranks`` has the parts
-    without their layers, audits and memory.
+    (``--psa-audit-rate``), ``cpu_layers`` (calls of layers around attention, by kernel) unless the
+    model runs on the kernels for CPUs, ``memory`` (of all tensor-parallel ranks) unless K and V are
+    on two tiers; ``ranks`` has the parts without their layers, audits and memory.
     """
     layers = [
         _sum([rank["layers"][i] for rank in ranks]).as_dict()
@@ -79,12 +85,18 @@ def merge(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "layers": layers,
         "inherited": _total([rank["inherited"] for rank in ranks]),
         "audit": merge_reports([rank["audit"] for rank in ranks]),
+        "cpu_layers": _total_calls([rank["cpu_layers"] for rank in ranks]),
         "memory": tiered_report.merge([rank["memory"] for rank in ranks]),
         "ranks": [
             {k: v for k, v in rank.items() if k not in ("layers", "audit", "memory", *COMMON)}
             for rank in ranks
         ],
     }
+
+
+def _total_calls(parts: Sequence[dict[str, int] | None]) -> dict[str, int] | None:
+    known = [Counter(part) for part in parts if part is not None]
+    return dict(sum(known, Counter())) if known else None
 
 
 def _total(parts: Sequence[int | None]) -> int | None:

@@ -54,6 +54,7 @@ def test_linear_and_head(wide, dtype, rows):
     counts = cpu_layers.install(layers)
     assert (counts["linear"], counts["head"]) == (1, 1)
     x = random(3, rows, 48, dtype=dtype)
+    cpu_layers.calls.clear()
     exact = x.double() @ weight.double().T
     close = {"rtol": torch.finfo(dtype).eps, "atol": 1e-5}
     got = layers[0].quant_method.apply(layers[0], x, bias)
@@ -61,6 +62,12 @@ def test_linear_and_head(wide, dtype, rows):
     torch.testing.assert_close(got.double(), exact + bias.double(), **close)
     got = layers[1].quant_method.apply(layers[1], x)
     torch.testing.assert_close(got.double(), exact, **close)
+    ran = "torch"
+    if dtype in cpu_layers.SHORT_TYPES and 0 < rows <= cpu_layers.MAX_ROWS:
+        ran = "skinny_linear"
+    elif dtype in cpu_layers.SHORT_TYPES and wide and rows >= cpu_layers.MIN_ROWS:
+        ran = "wide_linear"
+    assert cpu_layers.calls == {ran: 2}
     assert torch.equal(layers[1].quant_method.embedding(layers[1], torch.tensor([5])), weight[5:6])
 
 

@@ -43,6 +43,9 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(defaults, "on_psa_cpu_platform", lambda: True)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.delenv(defaults.OMP_BIND, raising=False)
+    # Set first, so that what the test leaves is taken back.
+    monkeypatch.setenv(defaults.CORE_DUMP, "")
+    monkeypatch.delenv(defaults.CORE_DUMP)
 
 
 def test_nothing_is_needed_on_a_cpu_machine(on_cpu):
@@ -50,12 +53,15 @@ def test_nothing_is_needed_on_a_cpu_machine(on_cpu):
     defaults.apply_cpu_defaults(args)
     assert (args.device, args.attention_backend) == ("cpu", "torch_native")
     assert args.mem_fraction_static == defaults.CPU_MEM_FRACTION
+    assert os.environ[defaults.CORE_DUMP] == "0", "a server that fails would wait a minute"
 
 
-def test_what_is_given_stays(on_cpu):
+def test_what_is_given_stays(on_cpu, monkeypatch):
+    monkeypatch.setenv(defaults.CORE_DUMP, "1")
     args = arguments(device="cpu", attention_backend="psa", mem_fraction_static=0.3)
     defaults.apply_cpu_defaults(args)
     assert (args.attention_backend, args.mem_fraction_static) == ("psa", 0.3)
+    assert os.environ[defaults.CORE_DUMP] == "1"
 
 
 def test_other_platforms_are_untouched(monkeypatch):

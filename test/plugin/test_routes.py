@@ -1,5 +1,6 @@
 """``GET /psa/stats``: one rank, several ranks, no traffic."""
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,10 @@ def part(monkeypatch: pytest.MonkeyPatch, stats: PSAStats, dp_rank: int | None) 
     """The internal state that a scheduler with these statistics reports."""
     wrapper = SimpleNamespace(stats=stats, backend="reference", page_size=PAGE, min_context=1024)
     pool = SimpleNamespace(tier=None)
-    backend = SimpleNamespace(wrapper=wrapper, config=PSAConfig(), pool=pool)
+    calls = {"rope": 3, "torch": 1} if dp_rank is not None else None
+    backend = SimpleNamespace(
+        wrapper=wrapper, config=PSAConfig(), pool=pool, layer_calls=calls and Counter(calls)
+    )
     monkeypatch.setattr(state, "get_backend", lambda: backend)
     result = SimpleNamespace(internal_state={"other": 1})
     scheduler = SimpleNamespace(ps=SimpleNamespace(dp_rank=dp_rank, tp_rank=0, tp_size=2))
@@ -62,7 +66,7 @@ def test_one_rank_is_reported_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert merged["layers"] == rank["layers"]
     assert merged["config"] == PSAConfig().as_dict()
     assert merged["backend"] == "reference"
-    assert merged["isa"] is None
+    assert merged["isa"] is None and merged["cpu_layers"] is None
     assert "rank 0 of 2" in merged["scope"]
     assert [r["dp_rank"] for r in merged["ranks"]] == [0]
 
@@ -75,6 +79,7 @@ def test_data_parallel_ranks_are_added_up(monkeypatch: pytest.MonkeyPatch) -> No
     merged = routes.merge(ranks)
     assert merged["decode_steps"] == 4
     assert merged["inherited"] is None
+    assert merged["cpu_layers"] == {"rope": 6, "torch": 2}
     inherited = [{**rank, "inherited": n} for rank, n in zip(ranks, (2, 3), strict=True)]
     assert routes.merge(inherited)["inherited"] == 5
     assert merged["pages_attended"] == 24 * LAYERS * 2

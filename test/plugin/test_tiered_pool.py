@@ -304,7 +304,11 @@ def scheduler_of(pool, used=(), idle=True):
     allocator = CpuPagedAllocator(SLOTS, PAGE, torch.float32, "cpu", pool, False)
     free = allocator.free_pages
     allocator.free_pages = free[~torch.isin(free, torch.tensor(used, dtype=torch.int64))]
-    return SimpleNamespace(token_to_kv_pool_allocator=allocator, is_fully_idle=lambda: idle)
+    return SimpleNamespace(
+        token_to_kv_pool_allocator=allocator,
+        is_fully_idle=lambda: idle,
+        ps=SimpleNamespace(dp_rank=None, tp_rank=0, tp_size=1),
+    )
 
 
 def test_the_check_finds_what_the_allocator_and_the_tiers_disagree_on(pool):
@@ -338,9 +342,41 @@ def test_ranks_are_added_up(pool):
     assert both["bytes_saved"] == 2 * one["bytes_saved"] > 0
     assert both["frames_by_layer"] == [2 * frames for frames in one["frames_by_layer"]]
     assert both["problems"] == 2 * one["problems"] and len(one["problems"]) == 1
+    assert both["ranks"] == 2 * one["ranks"] and one["ranks"][0]["loads"] == one["loads"]
+    newer = tiered_report.merge([one, {**one, "step": one["step"] + 3}])
+    assert newer["step"] == one["step"] + 3
     assert both["frame_bytes"] == one["frame_bytes"] and both["hit_rate"] == one["hit_rate"]
     assert tiered_report.merge([one]) == one
     assert tiered_report.merge([None]) is None
+
+
+def test_every_tensor_parallel_rank_is_part_of_the_section(pool, monkeypatch):
+    """What the other rank finds wrong is reported, and that it is not idle."""
+    for layer in range(LAYERS):
+        write(pool, page(3), layer)
+    question = SimpleNamespace(rid=tiered_report.CHECK)
+    scheduler = scheduler_of(pool, [3])
+    scheduler.tp_cpu_group = "tensor-parallel ranks"
+    scheduler.ps.tp_size = 2
+    idle = True
+
+    def gather(parts, own, group):
+        assert group == "tensor-parallel ranks"
+        other = {**own, "idle": idle, "problems": ["rank 1: torn page"] if idle else None}
+        parts[:] = [own, other]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    found = tiered_report.section(pool, scheduler, question)
+    assert found["idle"] and found["problems"] == ["rank 1: torn page"]
+    assert found["bytes_saved"] == 2 * pool.tier.snapshot()["bytes_saved"] > 0
+    write(pool, page(5), 0)
+    assert tiered_report.section(pool, scheduler, question)["problems"] == [
+        "rank 0: 1 free pages still hold tokens",
+        "rank 1: torn page",
+    ]
+    idle = False
+    found = tiered_report.section(pool, scheduler, question)
+    assert found["idle"] is False and found["problems"] is None
 
 
 def test_a_closed_pool_gives_its_file_back(tmp_path):

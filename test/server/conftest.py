@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,18 @@ def flags(**options: Any) -> list[str]:
         flag = "--" + name.replace("_", "-")
         found += [flag] if value is True else [flag, str(value)]
     return found
+
+
+def tiers(model: Path, tokens: int, share: int, ranks: int = 1) -> dict[str, int]:
+    """Bytes of both tiers of each rank for so many ``tokens`` (whole pages) in float32, a
+    ``share``-th of them on the device tier."""
+    config = json.loads((model / "config.json").read_text())
+    row = 2 * config["num_key_value_heads"] // ranks * config["head_dim"] * 4
+    page = PAGE * row * config["num_hidden_layers"]
+    return {
+        "psa_device_pool_bytes": tokens // PAGE * page // share,
+        "psa_host_pool_bytes": (tokens // PAGE + 1) * page,
+    }
 
 
 @contextmanager
@@ -103,6 +116,19 @@ def uncached(model: Path, logs: Path) -> Iterator[Engine]:
         **PSA,
     }
     with running(Engine("uncached", options, logs)) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def served(logs: Path) -> Iterator[Server]:
+    """What ``make serve`` runs: the model's own dtype and defaults, but for the pool, which would
+    take the memory of servers that other tests start meanwhile.
+
+    ``test_serve_command`` ends it, so modules that use it come before that one.
+    """
+    options = ["--sleep-on-idle", "--max-total-tokens", "32768"]
+    process = Server("serve", options, logs / "serve.log", module="sglang_psa.serve")
+    with running(process):
         yield process
 
 

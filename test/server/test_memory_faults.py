@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import requests
 
 from test.server.compare import tokens
 from test.server.conftest import CHUNK, COMMON, PAGE, PSA, flags, running
+from test.server.host_files import host_file, schedulers
 from test.server.process import Engine, Server
 from test.server.prompts import Prompts
 
@@ -70,22 +70,6 @@ def file_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def scheduler(server: Server) -> psutil.Process:
-    """The process that computes."""
-    found = [p for p in server.family() if "sglang::scheduler" in " ".join(p.cmdline())]
-    assert len(found) == 1, [p.cmdline() for p in server.family()]
-    return found[0]
-
-
-def host_file(server: Server, folder: Path) -> str:
-    """Path by which the file without a name can be opened."""
-    process = scheduler(server)
-    links = Path(f"/proc/{process.pid}/fd")
-    found = [link for link in links.iterdir() if os.readlink(link).startswith(f"{folder}/")]
-    assert len(found) == 1, found
-    return str(found[0])
-
-
 def test_a_disk_without_room_ends_the_start(start: Any, folder: Path) -> None:
     with (
         file_limit(POOL * TOKEN_BYTES // 2),
@@ -124,7 +108,8 @@ def kill_the_scheduler(tiered: Server, uncached: Engine, prompts: Prompts, folde
     asked = prompts.recall(LENGTH, seed=8200).ids
     events = tiered.stream(asked, max_new_tokens=1000, ignore_eos=True, custom_params=CAREFUL)
     so_far = next(events)["output_ids"]
-    os.kill(scheduler(tiered).pid, signal.SIGKILL)
+    (scheduler,) = schedulers(tiered)
+    os.kill(scheduler.pid, signal.SIGKILL)
     try:
         for event in events:
             so_far = event.get("output_ids", so_far)
@@ -144,7 +129,8 @@ def cut_the_file_short(again: Server, uncached: Engine, prompts: Prompts, folder
     sampling = {"max_new_tokens": NEW, "ignore_eos": True, "custom_params": CAREFUL}
     first = [again.generate(ids, **sampling) for ids in asked]
     assert tokens(first) == tokens(uncached.generate(asked, **sampling))
-    os.truncate(host_file(again, folder), 0)
+    (scheduler,) = schedulers(again)
+    os.truncate(host_file(scheduler, folder), 0)
     try:
         response = again.post(
             "/generate", {"input_ids": asked[0], "sampling_params": {"temperature": 0, **sampling}}

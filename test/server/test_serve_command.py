@@ -1,28 +1,16 @@
-"""``python -m sglang_psa.serve``, what ``make serve`` runs: the model's own dtype and defaults, but
-for the pool, which would take the memory of servers that other tests start meanwhile."""
+"""``python -m sglang_psa.serve``, what ``make serve`` runs."""
 
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from sgl_psa.crossover import CROSSOVER
 from test.server.compare import reads
-from test.server.conftest import running
 from test.server.process import Server
 from test.server.prompts import Prompts
 
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture(scope="module")
-def served(logs: Path) -> Iterator[Server]:
-    options = ["--sleep-on-idle", "--max-total-tokens", "32768"]
-    process = Server("serve", options, logs / "serve.log", module="sglang_psa.serve")
-    with running(process):
-        yield process
 
 
 def test_it_says_that_it_is_ready(served: Server) -> None:

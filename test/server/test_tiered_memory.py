@@ -1,10 +1,9 @@
 """K and V on two tiers: the tokens of the resident run from a fraction of its memory.
 
 One server keeps a quarter of the pool near the compute and the rest in a file, and retracts every
-few steps whether it must or not; the other keeps a tenth, and the rest in memory.
+few steps whether it must or not; the other keeps a tenth, the rest in memory, and has two threads.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import requests
 
 from test.server.compare import assert_same, reads, tokens
-from test.server.conftest import CHUNK, COMMON, PAGE, PSA, flags, running
+from test.server.conftest import CHUNK, COMMON, PAGE, PSA, flags, running, tiers
 from test.server.process import Engine, Server
 from test.server.prompts import Prompts
 
@@ -25,17 +24,8 @@ NEW = 20
 #: Retraction prefills the answer so far again, densely; with this rule both give the same tokens.
 CAREFUL = {"psa_delta": 0.001}
 SHARES = {"quarter": 4, "tenth": 10}
-
-
-def tiers(model: Path, share: int) -> dict[str, int]:
-    """Bytes of both tiers for ``POOL`` tokens, a ``share``-th of them on the device tier."""
-    config = json.loads((model / "config.json").read_text())
-    row = 2 * config["num_key_value_heads"] * config["head_dim"] * 4
-    page = PAGE * row * config["num_hidden_layers"]
-    return {
-        "psa_device_pool_bytes": POOL // PAGE * page // share,
-        "psa_host_pool_bytes": (POOL // PAGE + 1) * page,
-    }
+#: Threads that wait for each other on cores that others use must not spin for long.
+TWO_THREADS = {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "2000"}
 
 
 @pytest.fixture(scope="module", params=SHARES)
@@ -46,7 +36,7 @@ def tiered(request: pytest.FixtureRequest, model: Path, logs: Path, tmp_path_fac
         chunked_prefill_size=CHUNK,
         max_running_requests=8,
         enable_metrics=True,
-        **tiers(model, SHARES[name]),
+        **tiers(model, POOL, SHARES[name]),
         **{**COMMON, **PSA, "context_length": 4096},
     )
     checks = {
@@ -56,6 +46,8 @@ def tiered(request: pytest.FixtureRequest, model: Path, logs: Path, tmp_path_fac
     if name == "quarter":
         options["psa_host_path"] = tmp_path_factory.mktemp("host")
         checks |= {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "7"}
+    else:
+        checks |= TWO_THREADS
     with running(Server(name, flags(**options), logs / f"{name}.log", checks)) as process:
         yield process
 
@@ -91,6 +83,7 @@ def test_same_tokens_from_a_fraction_of_the_memory(
     assert all(reads(answer)["stale_pages"] == 0 for answer in got)
     if "quarter" in tiered.name:
         assert sum(answer["meta_info"]["num_retractions"] for answer in got) > 0
+    assert tiered.stats()["threads"] == (2 if "tenth" in tiered.name else 1)
     found = memory(tiered)
     assert found["num_pages"] == POOL // PAGE + 1
     assert found["num_frames"] * PAGE < 2000 * len(found["frames_by_layer"]), "a small device tier"

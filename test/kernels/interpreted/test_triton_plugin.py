@@ -1,6 +1,8 @@
 """SGLang's pool and backend over the Triton tier, prefill as on a GPU: as over a resident pool, or
 as over the reference's int8 host."""
 
+from types import SimpleNamespace
+
 import torch
 from sgl_psa_kernels.page_tier import TritonTier
 from sglang_psa import prefill, tiered_report
@@ -52,4 +54,5 @@ def test_prefill_and_decode_are_those_of_the_resident_pool(monkeypatch) -> None:
     pages = driver.backend.req_to_token[0, :33:PAGE] // PAGE
     pool.forget_pages(pages)
     assert not pool.tier.tier.tables.filled[:, pages.long()].any()
-    assert tiered_report.section(pool, None, None)["loads"] > 0
+    scheduler = SimpleNamespace(ps=SimpleNamespace(dp_rank=None, tp_rank=0, tp_size=1))
+    assert tiered_report.section(pool, scheduler, None)["loads"] > 0
