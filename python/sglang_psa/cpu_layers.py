@@ -21,6 +21,7 @@ from sgl_psa_kernels.silu_and_mul import silu_and_mul
 from sgl_psa_kernels.skinny_linear import MAX_ROWS, skinny_linear
 from sgl_psa_kernels.wide_products import MIN_ROWS, faster_in_float32
 
+from sglang_psa import decoder_layer
 from sglang_psa.compat import (
     LogitsProcessor,
     RMSNorm,
@@ -172,6 +173,20 @@ def _plain_logits(model: Any) -> bool:
     return not any(p.use_fp32_lm_head or p.rl_on_policy_target is not None for p in processors)
 
 
+def _plain_parts(linears: Any, norms: Any, rope: Any) -> bool:
+    """Whether the kernels compute all that these modules do, of one 16-bit type."""
+    return (
+        all(
+            type(part.quant_method) is CpuLinearMethod and type(part.weight) is torch.nn.Parameter
+            for part in linears
+        )
+        and linears[0].weight.dtype in SHORT_TYPES
+        and all(_plain_norm(part) for part in norms)
+        and _plain_rope(rope)
+        and not hasattr(rope, "sin_cos_cache")
+    )
+
+
 def install(model: Any) -> dict[str, int]:
     """Let the layers of a loaded model use the kernels.
 
@@ -181,7 +196,7 @@ def install(model: Any) -> dict[str, int]:
     Raises:
         HookNotApplied: SGLang's layers do not choose their implementation as they did.
     """
-    counts = {"linear": 0, "head": 0, "norm": 0, "rope": 0, "activation": 0}
+    counts = dict.fromkeys(("linear", "head", "norm", "rope", "activation", "decoder layer"), 0)
     plain_logits = _plain_logits(model)
     for module in model.modules():
         method = getattr(module, "quant_method", None)
@@ -200,6 +215,8 @@ def install(model: Any) -> dict[str, int]:
         elif type(module) is SiluAndMul:
             _replace_forward(module, activate)
             counts["activation"] += 1
+    if plain_logits:
+        counts["decoder layer"] = decoder_layer.install(model, calls, _plain_parts)
     for dtype in {parameter.dtype for parameter in model.parameters()}:
         faster_in_float32(dtype)  # measured now, not by the first request
     logger.info("psa CPU layers: %s", ", ".join(f"{n} {name}" for name, n in counts.items()))

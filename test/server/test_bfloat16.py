@@ -148,7 +148,7 @@ def test_two_ranks_run_our_kernels(
 ) -> None:
     load(two_ranks, model)
     served.flush()
-    before = two_ranks.stats()
+    before, before_alone = two_ranks.stats(), served.stats()
     got, want = answers(two_ranks, asked), answers(served, asked)
     assert tokens(got) == tokens(want)
     for mine, whole in zip(got, want, strict=True):
@@ -165,6 +165,13 @@ def test_two_ranks_run_our_kernels(
     assert calls["skinny_linear"] >= steps * (4 * layers + 1)
     assert calls["rms_norm"] >= steps * (2 * layers + 1)
     assert min(calls["rope"], calls["silu_and_mul"]) >= steps * layers
+    # A layer of one rank is called as a whole.
+    alone = served.stats()
+    whole_layers = (
+        alone["cpu_layers"]["decoder_layer"] - before_alone["cpu_layers"]["decoder_layer"]
+    )
+    assert whole_layers == layers * (alone["decode_steps"] - before_alone["decode_steps"])
+    assert "decoder_layer" not in calls
     installed = [line for line in two_ranks.log.splitlines() if "psa CPU layers" in line]
     assert sorted(line.split("]")[0][-3:] for line in installed) == ["TP0", "TP1"]
     assert all("20 linear, 1 head, 11 norm, 1 rope, 5 activation" in line for line in installed)

@@ -1,7 +1,7 @@
 """Calls into the native library: argument structs from tensors, statuses to exceptions."""
 
 import ctypes
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -89,7 +89,7 @@ class PreparedCall:
         self.args = args
         self._function = getattr(load(), function)
         self._reference = ctypes.byref(args)
-        self._head = getattr(args, "rows", args)
+        self._head = _head(args)
 
     def __call__(self) -> None:
         """As :func:`call`, with as many threads as torch has now."""
@@ -99,10 +99,15 @@ class PreparedCall:
             raise_status(self.op, status, self.args)
 
 
+def _head(args: ctypes.Structure) -> Any:
+    """The part of an argument struct that has num_threads and error_index."""
+    rows = getattr(args, "rows", None)
+    return rows if isinstance(rows, abi.Rows) else args
+
+
 def raise_status(op: str, status: int, args: ctypes.Structure) -> NoReturn:
     """The exception for a status that is not OK; see :func:`call`."""
-    head = getattr(args, "rows", args)
-    index = head.error_index
+    index = _head(args).error_index
     if status == abi.NO_MEMORY:
         raise RuntimeError(f"{op}: out of memory for work space")
     messages = {

@@ -49,9 +49,9 @@ struct RowPool {
     for (int i = 0; i < count; i++) {
       const int page = logical[i], tokens = tokens_in_page(a.rows, row, page);
       const T *k_row = k(page, kv_head), *v_row = v(page, kv_head);
-      for (int t = 0; t < tokens; t++) {
-        b.k[b.tokens] = k_row + t * a.k_token_stride;
-        b.v[b.tokens++] = v_row + t * a.v_token_stride;
+      for (int t = 0; t < tokens; t++, k_row += a.k_token_stride, v_row += a.v_token_stride) {
+        b.k[b.tokens] = k_row;
+        b.v[b.tokens++] = v_row;
       }
     }
   }

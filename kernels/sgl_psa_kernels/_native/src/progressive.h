@@ -120,7 +120,7 @@ class Progressive {
         from[pages[i]] = -INF;
       }
       for (int i = count; i < padded(count); i++) to[i] = -INF;
-      if (ranked_) rest_[g].subtract(to, count);
+      if (ranked_ && mode_ != PSA_MARGINAL) rest_[g].subtract(to, count);
       const float* exact = mass_ + g * step_pitch_;
       for (int i = 0; compare && i < count; i++) residuals_[g].add(exact[i], to[i]);
     }
@@ -230,7 +230,7 @@ class Progressive {
       attend(picked_, count, then_, then, rounds_ > 0, false);
       rounds_++;
     }
-    for (int g = 0; g < group_; g++) rest_[g].refresh(left_, g);
+    for (int g = 0; g < group_; g++) rest_[g].compute(left_, g);
   }
 
   void coverage() {
@@ -286,7 +286,7 @@ class Progressive {
   float *total_, *kappa_, *bar_;
   float *mass_, *estimate_;          // of the pages of a block, [G][step_pitch_]
   Residuals *residuals_, *earlier_;  // of the last group (conservative: of all), of those before
-  LeftMass* rest_;                   // follows left_ once the pages are ranked
+  LeftMass* rest_;                   // follows left_ once the pages are ranked; marginal: at the end
   bool ranked_ = false;
   int pages_done_ = 0, tokens_done_ = 0, forced_ = 0, scored_ = 0, rounds_ = 0, stale_pages_ = 0;
 };
