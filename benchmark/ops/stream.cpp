@@ -27,3 +27,30 @@ extern "C" __attribute__((visibility("default"))) uint64_t stream_read(
   }
   return all;
 }
+
+typedef float Floats __attribute__((vector_size(64)));
+
+// For each of `count` rows of 256 bytes, offsets in `rows`: requests it (prefetch) and multiplies
+// 64 vectors of 16 floats that have nothing to do with it (products). Returns something.
+extern "C" __attribute__((visibility("default"))) float prefetch_rows(
+    const char* memory, const int64_t* rows, int64_t count, int prefetch, int products) {
+  Floats sum[16] = {}, factor = {};
+  factor += 0.5f;
+  for (int64_t i = 0; i < count; i++) {
+    if (prefetch)
+      for (int line = 0; line < 4; line++) __builtin_prefetch(memory + rows[i] + 64 * line, 0, 2);
+    if (products)
+#pragma GCC unroll 4
+      for (int turn = 0; turn < 4; turn++) {
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; j++) sum[j] = sum[j] * factor + factor;
+#if defined(__AVX512F__)
+        // Turns stay apart, in registers.
+        for (int j = 0; j < 16; j++) asm volatile("" : "+v"(sum[j]));
+#endif
+      }
+  }
+  float all = 0;
+  for (int j = 0; j < 16; j++) all += sum[j][0];
+  return all;
+}

@@ -47,6 +47,10 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(target))
     library.stream_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     library.stream_read.restype = ctypes.c_uint64
+    library.prefetch_rows.argtypes = [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int
+    ]  # fmt: skip
+    library.prefetch_rows.restype = ctypes.c_float
     return library
 
 
@@ -61,3 +65,15 @@ def stream_read(tensor: torch.Tensor) -> int:
     begin = -(-begin // LINE) * LINE
     lines = max(0, end - begin) // LINE
     return int(_library().stream_read(begin, lines, torch.get_num_threads()))
+
+
+def prefetch_rows(
+    memory: torch.Tensor, rows: torch.Tensor, *, prefetch: bool, products: bool
+) -> None:
+    """Request rows of 256 bytes, to the second-level cache, and multiply in between, in one thread.
+
+    Args:
+        memory: any contiguous CPU tensor; rows: int64 [N], where in its bytes each row begins.
+        products: 64 products of 16 floats a row, in registers.
+    """
+    _library().prefetch_rows(memory.data_ptr(), rows.data_ptr(), len(rows), prefetch, products)
