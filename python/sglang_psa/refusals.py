@@ -240,7 +240,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "HND layout",
         lambda a: _env_on("SGLANG_USE_HND_KVCACHE"),
-        "KV must be laid out by token: unset SGLANG_USE_HND_KVCACHE",
+        "KV must be indexed by token: unset SGLANG_USE_HND_KVCACHE",
     ),
     Refusal(
         "unified radix tree",
