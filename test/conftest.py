@@ -18,10 +18,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that talk to the same processes stay on one worker: ``--dist loadgroup``.
 
     Starting a server takes longer than most tests, and a fixture of the session lives in one
-    worker.
+    worker. A module whose tests share a server of their own, but not all of them those of others,
+    names its group itself.
     """
     for item in items:
-        if item.get_closest_marker("server") is None:
+        if item.get_closest_marker("server") is None or item.get_closest_marker("xdist_group"):
             continue
         fixtures = set(getattr(item, "fixturenames", ()))
         groups = [group for name, group in SHARED.items() if name in fixtures]

@@ -21,7 +21,7 @@ from test.server.conftest import flags, running
 from test.server.process import Server, request
 from test.server.prompts import Prompts
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("served model")]
 
 WEIGHTS = "model.safetensors"
 README = "# blue harbor482915\n# old mill007231\n? blue harbor"

@@ -17,7 +17,7 @@ from test.server.host_files import host_file, schedulers
 from test.server.process import Engine, Server
 from test.server.prompts import Prompts
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("shared servers")]
 
 #: Tokens of the host tier, a fifth of them on the device tier.
 POOL, SHARE = 4096, 5
