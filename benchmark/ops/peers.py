@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmark.ops.op import Op
 from benchmark.ops.setting import Setting
 from benchmark.ops.stream import stream_read
+from sgl_psa.huge_pages import zero_in_huge_pages
 
 _KV = "K and V of every token"
 
@@ -16,6 +17,8 @@ def ops(s: Setting) -> list[Op]:
     """``stream_read``; ``torch_native``, as SGLang's backend of that name does it: gather each
     request's K and V by slot, then SDPA; SDPA alone on contiguous K and V."""
     rows = [s.slots[b] for b in range(s.batch)]
+    # SGLang's own pools have the heads of a token side by side.
+    beside = tuple([_side_by_side(layer) for layer in pool] for pool in (s.k, s.v))
 
     def read(layer: int) -> None:
         stream_read(s.k[layer])
@@ -23,7 +26,7 @@ def ops(s: Setting) -> list[Op]:
 
     def gathered(layer: int) -> None:
         for b, slots in enumerate(rows):
-            k, v = (pool[layer][slots].movedim(0, 1)[None] for pool in (s.k, s.v))
+            k, v = (pool[layer][slots].movedim(0, 1)[None] for pool in beside)
             scaled_dot_product_attention(
                 s.q[b][None, :, None], k, v, scale=s.scale, enable_gqa=True
             )
@@ -45,3 +48,9 @@ def ops(s: Setting) -> list[Op]:
         Op("torch_native", "torch_native", gathered, **dense),
         Op("sdpa_contiguous", "torch", sdpa, **dense),
     ]
+
+
+def _side_by_side(pool: torch.Tensor) -> torch.Tensor:
+    made = torch.empty(pool.shape, dtype=pool.dtype)
+    zero_in_huge_pages(made)
+    return made.copy_(pool)
