@@ -1,10 +1,10 @@
 """What the memory of a pool is worth: the same ops on pools that differ in one thing, in turn.
 
-    python -m benchmark.ops.pool_memory huge_pages|heads_apart|in_order --contexts 65536 --batches 1
+    python -m benchmark.ops.pool_memory huge_pages|heads_apart [--in-order] --contexts 65536
 
 huge_pages: the pool without them is allocated in the same way while Linux gives the process none
-(``PR_SET_THP_DISABLE``). heads_apart: without, the heads of a token lie side by side. in_order:
-without, the pages of a request are scattered, as those of a pool that has been in use for long.
+(``PR_SET_THP_DISABLE``). heads_apart: without, the heads of a token lie side by side. The pages of
+a request are scattered, as those of a pool that has been in use for long, or in order.
 """
 
 from __future__ import annotations
@@ -41,20 +41,21 @@ def _ops(s: Setting) -> list[Op]:
     return [*decode.ops(s), *(op for op in scoring.ops(s) if op.name in _SCORED)]
 
 
-def without(name: str, context: int, batch: int) -> Setting:
+def without(name: str, context: int, batch: int, in_order: bool) -> Setting:
     """A setting that lacks ``name``."""
-    if name == "huge_pages":
-        forbid(True)
-        try:
-            return Setting(context, batch)
-        finally:
-            forbid(False)
-    return Setting(context, batch, **{name: False})
+    if name == "heads_apart":
+        return Setting(context, batch, heads_apart=False, in_order=in_order)
+    forbid(True)
+    try:
+        return Setting(context, batch, in_order=in_order)
+    finally:
+        forbid(False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=["huge_pages", "heads_apart", "in_order"])
+    parser.add_argument("name", choices=["huge_pages", "heads_apart"])
+    parser.add_argument("--in-order", action="store_true", help="a request's pages are")
     parser.add_argument("--contexts", type=integers, default=[16384, 65536])
     parser.add_argument("--batches", type=integers, default=[1])
     parser.add_argument("--threads", type=integers, default=[1])
@@ -66,8 +67,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for context in options.contexts:
         for batch in options.batches:
-            lacking = without(options.name, context, batch)
-            having = Setting(context, batch, in_order=options.name == "in_order")
+            lacking = without(options.name, context, batch, options.in_order)
+            having = Setting(context, batch, in_order=options.in_order)
             ops = [*_ops(lacking), *_ops(having)]
             count = len(ops) // 2
             for threads in options.threads:

@@ -1,6 +1,7 @@
-"""The machine's streaming bandwidth: a compiled loop that reads memory once and does nothing else.
+"""The machine's memory, in compiled loops: its streaming bandwidth, and what a prefetch costs.
 
-torch's and numpy's sums do not reach it in one thread, so they cannot serve as the yardstick.
+torch's and numpy's sums do not reach that bandwidth in one thread, so they cannot serve as the
+yardstick.
 """
 
 from __future__ import annotations

@@ -54,9 +54,10 @@ class PSAAttentionBackend(AttentionBackend):
         layers.check(runner.model)
         self.layer_calls: Counter[str] | None = None
         if runner.token_to_kv_pool.kernel_backend == "cpu" and defaults.on_psa_cpu_platform():
-            from sglang_psa import cpu_layers
+            from sglang_psa import cpu_layers, decoder_layer
 
             cpu_layers.install(runner.model)
+            decoder_layer.install(runner.model)
             self.layer_calls = cpu_layers.calls
         self.pool = runner.token_to_kv_pool
         self.token_to_kv_pool = runner.token_to_kv_pool

@@ -21,7 +21,6 @@ from sgl_psa_kernels.silu_and_mul import silu_and_mul
 from sgl_psa_kernels.skinny_linear import MAX_ROWS, skinny_linear
 from sgl_psa_kernels.wide_products import MIN_ROWS, faster_in_float32
 
-from sglang_psa import decoder_layer
 from sglang_psa.compat import (
     LogitsProcessor,
     RMSNorm,
@@ -150,7 +149,8 @@ def activate(module: Any, x: torch.Tensor) -> torch.Tensor:
     return silu_and_mul(x, backend="cpu")
 
 
-def _plain_norm(module: Any) -> bool:
+def plain_norm(module: Any) -> bool:
+    """Whether :func:`norm` computes all that the module does."""
     return (
         type(module) is RMSNorm
         and module.has_weight
@@ -161,29 +161,26 @@ def _plain_norm(module: Any) -> bool:
     )
 
 
-def _plain_rope(module: Any) -> bool:
+def plain_rope(module: Any) -> bool:
+    """Whether :func:`rotate` computes all that the module does."""
     return (
         isinstance(module, RotaryEmbedding)
         and type(module).forward_native is RotaryEmbedding.forward_native
     )
 
 
-def _plain_logits(model: Any) -> bool:
+def plain_logits(model: Any) -> bool:
+    """Whether nothing is rounded in another way than usual, as training wants it."""
     processors = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
     return not any(p.use_fp32_lm_head or p.rl_on_policy_target is not None for p in processors)
 
 
-def _plain_parts(linears: Any, norms: Any, rope: Any) -> bool:
-    """Whether the kernels compute all that these modules do, of one 16-bit type."""
+def plain_linear(module: Any) -> bool:
+    """Whether :func:`linear` computes all that a layer, once installed, does."""
     return (
-        all(
-            type(part.quant_method) is CpuLinearMethod and type(part.weight) is torch.nn.Parameter
-            for part in linears
-        )
-        and linears[0].weight.dtype in SHORT_TYPES
-        and all(_plain_norm(part) for part in norms)
-        and _plain_rope(rope)
-        and not hasattr(rope, "sin_cos_cache")
+        type(module.quant_method) is CpuLinearMethod
+        and type(module.weight) is torch.nn.Parameter
+        and module.weight.dtype in SHORT_TYPES
     )
 
 
@@ -196,27 +193,25 @@ def install(model: Any) -> dict[str, int]:
     Raises:
         HookNotApplied: SGLang's layers do not choose their implementation as they did.
     """
-    counts = dict.fromkeys(("linear", "head", "norm", "rope", "activation", "decoder layer"), 0)
-    plain_logits = _plain_logits(model)
+    counts = dict.fromkeys(("linear", "head", "norm", "rope", "activation"), 0)
+    logits = plain_logits(model)
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if type(method) is UnquantizedLinearMethod:
             module.quant_method = CpuLinearMethod()
             counts["linear"] += 1
-        elif type(method) is UnquantizedEmbeddingMethod and plain_logits:
+        elif type(method) is UnquantizedEmbeddingMethod and logits:
             module.quant_method = CpuHeadMethod()
             counts["head"] += 1
-        elif _plain_norm(module):
+        elif plain_norm(module):
             _replace_forward(module, norm)
             counts["norm"] += 1
-        elif _plain_rope(module):
+        elif plain_rope(module):
             _replace_forward(module, rotate)
             counts["rope"] += 1
         elif type(module) is SiluAndMul:
             _replace_forward(module, activate)
             counts["activation"] += 1
-    if plain_logits:
-        counts["decoder layer"] = decoder_layer.install(model, calls, _plain_parts)
     for dtype in {parameter.dtype for parameter in model.parameters()}:
         faster_in_float32(dtype)  # measured now, not by the first request
     logger.info("psa CPU layers: %s", ", ".join(f"{n} {name}" for name, n in counts.items()))

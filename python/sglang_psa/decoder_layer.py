@@ -8,7 +8,7 @@ go SGLang's way, which computes the same bit for bit.
 
 from __future__ import annotations
 
-from collections import Counter
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +23,10 @@ from sgl_psa_kernels.decoder_layer import (
     make_layer,
 )
 
+from sglang_psa import cpu_layers
 from sglang_psa.compat import LlamaDecoderLayer, Qwen2DecoderLayer, SiluAndMul
+
+logger = logging.getLogger(__name__)
 
 #: Classes whose ``forward`` is that of :mod:`sgl_psa_kernels.decoder_layer`. They are compared
 #: exactly: a subclass may compute something else.
@@ -35,35 +38,33 @@ KERNELS = {"decoder_layer": 1, "rms_norm": 2, "skinny_linear": 4, "rope": 1, "si
 Memories = dict[LayerSizes, LayerMemory]
 
 
-def install(model: Any, calls: Counter[str], plain_parts: Any) -> int:
-    """Let the layers of a loaded model, whose parts use the kernels by now, be called as one.
-
-    Args:
-        calls: counts what is called.
-        plain_parts: (linear layers, norms, rotary embedding) -> whether the kernels compute all
-            that these modules do.
+def install(model: Any) -> int:
+    """Let layers of a loaded model, whose parts use the kernels by now, be called as one.
 
     Returns:
         How many layers are.
     """
+    if not cpu_layers.plain_logits(model):
+        return 0
     memories: Memories = {}
     count = 0
     for module in model.modules():
-        if type(module) in KINDS and _is_plain(module, plain_parts):
-            module.forward = DecodeForward(module, memories, calls)
+        if type(module) in KINDS and _is_plain(module):
+            module.forward = DecodeForward(module, memories)
             count += 1
+    logger.info("psa decoder layers: %d are called as one in decode steps", count)
     return count
 
 
 class DecodeForward:
     """``forward`` of a layer."""
 
-    def __init__(self, layer: Any, memories: Memories, calls: Counter[str]) -> None:
+    def __init__(self, layer: Any, memories: Memories) -> None:
         """
         Args:
             memories: of all layers of a model, which share them.
         """
-        self._layer, self._memories, self._calls = layer, memories, calls
+        self._layer, self._memories = layer, memories
         self._otherwise = layer.forward
         self._dtype = layer.self_attn.qkv_proj.weight.dtype
         self._sources = list(_sources(layer))
@@ -94,7 +95,7 @@ class DecodeForward:
                 positions, hidden_states, forward_batch, residual
             )
             return result
-        self._calls.update(KERNELS)
+        cpu_layers.calls.update(KERNELS)
         forward = self._layer.self_attn.attn.forward
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -105,16 +106,16 @@ class DecodeForward:
 
     def _for(self, rows: int) -> Layer:
         """The layer for so many rows, of the weights as they lie now."""
-        pointers = [
-            source[name].data_ptr() for source, name in self._sources if source[name] is not None
-        ]
+        pointers = [tensors[name].data_ptr() for tensors, name in self._sources]
         if pointers != self._pointers:
             self._pointers, self._made = pointers, {}
         made = self._made.get(rows)
         if made is None:
             weights, settings = weights_of(self._layer), settings_of(self._layer)
             sizes = LayerSizes.of(weights, settings, rows)
-            memory = self._memories.setdefault(sizes, LayerMemory(sizes))
+            if sizes not in self._memories:
+                self._memories[sizes] = LayerMemory(sizes)
+            memory = self._memories[sizes]
             made = self._made[rows] = make_layer(weights, settings, memory, backend="cpu")
         return made
 
@@ -180,14 +181,17 @@ def _sources(layer: Any) -> Iterator[tuple[dict[str, Any], str]]:
     yield attention.rotary_emb._buffers, "cos_sin_cache"
 
 
-def _is_plain(layer: Any, plain_parts: Any) -> bool:
+def _is_plain(layer: Any) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     columns, rows = (attention.qkv_proj, mlp.gate_up_proj), (attention.o_proj, mlp.down_proj)
     linears = (*columns, *rows)
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     rope = attention.rotary_emb
     if (
-        not plain_parts(linears, norms, rope)
+        not all(cpu_layers.plain_linear(part) for part in linears)
+        or not all(cpu_layers.plain_norm(part) for part in norms)
+        or not cpu_layers.plain_rope(rope)
+        or hasattr(rope, "sin_cos_cache")
         or any(part.tp_size > 1 or part.skip_bias_add for part in linears)
         or any(part.gather_output for part in columns)
         or any(part.use_decode_attn_tp for part in rows)

@@ -98,6 +98,12 @@ def model(count=2, **settings):
     return made
 
 
+def install(layers):
+    """How many layers are called as one."""
+    cpu_layers.install(layers)
+    return decoder_layer.install(layers)
+
+
 def batch(mode=ForwardMode.DECODE):
     return SimpleNamespace(forward_mode=mode, seen=[])
 
@@ -121,7 +127,7 @@ def test_the_classes_are_sglangs():
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_same_bits_as_part_by_part(rows, bias):
     layers = model(bias=bias)
-    assert cpu_layers.install(layers)["decoder layer"] == 2
+    assert install(layers) == 2
     want = run(layers, rows, apart=True)
     cpu_layers.calls.clear()
     assert torch.equal(run(layers, rows), want)
@@ -132,7 +138,7 @@ def test_same_bits_as_part_by_part(rows, bias):
 @pytest.mark.parametrize("given", [{"rows": 9}, {"mode": ForwardMode.EXTEND}], ids=str)
 def test_larger_batches_and_prefill_go_the_layers_own_way(given):
     layers = model()
-    cpu_layers.install(layers)
+    install(layers)
     want = run(layers, **given, apart=True)
     assert torch.equal(run(layers, **given), want)
     assert "decoder_layer" not in cpu_layers.calls
@@ -140,7 +146,7 @@ def test_larger_batches_and_prefill_go_the_layers_own_way(given):
 
 def test_hooks_on_parts_are_served():
     layers, seen = model(), []
-    cpu_layers.install(layers)
+    install(layers)
     layers[1].mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
     run(layers)
     assert len(seen) == 1
@@ -150,7 +156,7 @@ def test_hooks_on_parts_are_served():
 @pytest.mark.parametrize("way", ["in place", "another tensor", "another parameter"])
 def test_new_weights_count_at_once(way):
     layers = model()
-    cpu_layers.install(layers)
+    install(layers)
     run(layers)
     down = layers[0].mlp.down_proj
     if way == "in place":
@@ -177,7 +183,7 @@ def test_new_weights_count_at_once(way):
 def test_layers_with_other_parts_are_left_alone(change):
     layers = model()
     change(layers[1])
-    assert cpu_layers.install(layers)["decoder layer"] == 1
+    assert install(layers) == 1
     assert isinstance(layers[0].forward, decoder_layer.DecodeForward)
     assert not isinstance(layers[1].forward, decoder_layer.DecodeForward)
 
@@ -186,4 +192,4 @@ def test_subclasses_are_left_alone(monkeypatch):
     class Other(Layer):
         pass
 
-    assert cpu_layers.install(torch.nn.ModuleList([Other()]))["decoder layer"] == 0
+    assert install(torch.nn.ModuleList([Other()])) == 0

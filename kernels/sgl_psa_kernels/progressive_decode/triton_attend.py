@@ -88,6 +88,28 @@ def page_rows(
 
 
 @triton.jit
+def attend_tile(
+    query, k, v, codes, begin, offset, live, arena, h, k_head, k_slot, v_head, v_slot, dims, scale,
+    top, total, acc,
+    HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
+    PART: tl.constexpr, TIERED: tl.constexpr, INT8: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits of the tokens of :func:`page_rows`, and the softmax state that has taken them up."""
+    keys = page_rows(
+        k, codes, begin, offset, live, arena, h, k_head, k_slot, dims, False,
+        HKV, D, PAGE, PAGES, PART, TIERED, INT8,
+    )  # fmt: skip
+    logits = tile_logits(query, keys, live, scale, PRECISION)
+    values = page_rows(
+        v, codes, begin, offset, live, arena, h, v_head, v_slot, dims, True,
+        HKV, D, PAGE, PAGES, PART, TIERED, INT8,
+    )  # fmt: skip
+    top, total, acc = absorb(logits, values, top, total, acc, DOT, PRECISION)
+    return logits, top, total, acc
+
+
+@triton.jit
 def chunk_pages(count, LEAST: tl.constexpr, PAGES: tl.constexpr, CHUNKS: tl.constexpr):
     """Pages of a chunk of a list of ``count``: whole tiles, at most CHUNKS chunks."""
     pages = tl.maximum((count + CHUNKS - 1) // CHUNKS, LEAST)
@@ -139,16 +161,11 @@ def attend_list(
             for part in range(PAGE // PART):
                 offset = part * PART + token % PART
                 live = (place < stop) & (page * PAGE + offset < length)
-                keys = page_rows(
-                    k, codes, begin, offset, live, arena, h, k_head, k_slot, dims, False,
-                    HKV, D, PAGE, PAGES, PART, TIERED, INT8,
+                logits, top, total, acc = attend_tile(
+                    query, k, v, codes, begin, offset, live, arena, h, k_head, k_slot,
+                    v_head, v_slot, dims, scale, top, total, acc,
+                    HKV, D, PAGE, PAGES, PART, TIERED, INT8, DOT, PRECISION,
                 )  # fmt: skip
-                logits = tile_logits(query, keys, live, scale, PRECISION)
-                values = page_rows(
-                    v, codes, begin, offset, live, arena, h, v_head, v_slot, dims, True,
-                    HKV, D, PAGE, PAGES, PART, TIERED, INT8,
-                )  # fmt: skip
-                top, total, acc = absorb(logits, values, top, total, acc, DOT, PRECISION)
                 if ESTIMATES:
                     if compare:
                         mass = log_add(mass, page_masses(logits, PAGES, PART))
@@ -336,18 +353,11 @@ def rounds(
                     for part in range(PAGE // PART):
                         offset = part * PART + token % PART
                         live = (place < taken) & (own * PAGE + offset < length)
-                        keys = page_rows(
-                            k, codes, begin, offset, live, arena, h, k_head, k_slot, dims, False,
-                            HKV, D, PAGE, PAGES, PART, TIERED, INT8,
+                        logits, top, total_now, acc = attend_tile(
+                            query, k, v, codes, begin, offset, live, arena, h, k_head, k_slot,
+                            v_head, v_slot, dims, scale, top, total_now, acc,
+                            HKV, D, PAGE, PAGES, PART, TIERED, INT8, DOT, PRECISION,
                         )  # fmt: skip
-                        logits = tile_logits(query, keys, live, scale, PRECISION)
-                        values = page_rows(
-                            v, codes, begin, offset, live, arena, h, v_head, v_slot, dims, True,
-                            HKV, D, PAGE, PAGES, PART, TIERED, INT8,
-                        )  # fmt: skip
-                        top, total_now, acc = absorb(
-                            logits, values, top, total_now, acc, DOT, PRECISION
-                        )
                         if compare:
                             mass = log_add(mass, page_masses(logits, PAGES, PART))
                     if compare:
