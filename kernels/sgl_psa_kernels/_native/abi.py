@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 
 OK = 0
 BAD_SEQ_LEN = 1
@@ -156,6 +156,17 @@ class SiluAndMulArgs(ctypes.Structure):
     ]
 
 
+class KvWriteArgs(ctypes.Structure):
+    """PsaKvWriteArgs."""
+
+    _fields_ = [
+        *_fields(c_int64, "count num_slots k_row k_head v_row v_head"),
+        *_fields(c_int64, "k_slot k_cache_head v_slot v_cache_head k_bytes v_bytes"),
+        *_fields(c_int32, "num_kv_heads num_threads error_index reserved"),
+        *_fields(c_void_p, "k v k_cache v_cache slots"),
+    ]
+
+
 class TierError(ctypes.Structure):
     """PsaTierError."""
 
@@ -230,4 +241,5 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "psa_tier_decode": TierDecodeArgs,
     "psa_tier_control": TierControlArgs,
     "psa_silu_and_mul": SiluAndMulArgs,
+    "psa_kv_write": KvWriteArgs,
 }

@@ -79,7 +79,8 @@ class PreparedWrite:
             second_bits=sketches[-1][0],
             in_order=in_order,
         )
-        self._call = PreparedCall(op, "psa_sketch_write", args)
+        self._args = args
+        self._calls: dict[int, PreparedCall] = {}
 
     def serves(self, k_cache: torch.Tensor, in_order: bool = False) -> bool:
         """Whether it was made for such a cache, or such keys."""
@@ -93,13 +94,20 @@ class PreparedWrite:
         """Sketch the keys at ``slots``, int64 [N]."""
         count = len(k_cache) if self._in_order else None
         checks.check_tensor("key_sketch.write", "slots", slots, torch.int64, (count,))
-        args = self._call.args
-        for field, base, stride in self._places:
-            setattr(args, field, base + layer * stride)
+        call = self._calls.get(layer)
+        if call is None:
+            call = self._calls[layer] = self._of_layer(layer)
+        args = call.args
         args.k = k_cache.data_ptr()
         args.slots = slots.data_ptr()
         args.count = slots.shape[0]
-        self._call()
+        call()
+
+    def _of_layer(self, layer: int) -> PreparedCall:
+        args = abi.SketchWriteArgs.from_buffer_copy(self._args)
+        for field, base, stride in self._places:
+            setattr(args, field, base + layer * stride)
+        return PreparedCall("key_sketch.write", "psa_sketch_write", args)
 
 
 class PreparedScore:

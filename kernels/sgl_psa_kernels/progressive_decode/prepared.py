@@ -1,4 +1,4 @@
-"""Progressive decode by the C++ kernels with arguments that stay between the layers of a step."""
+"""Progressive decode by the C++ kernels with arguments that stay between layers and steps."""
 
 import torch
 
@@ -7,7 +7,7 @@ from sgl_psa_kernels._native.call import PreparedCall, require_cpu, rows
 
 
 class PreparedDecode:
-    """:func:`sgl_psa_kernels.progressive_decode.progressive_decode` of one batch in further layers.
+    """:func:`sgl_psa_kernels.progressive_decode.progressive_decode` of batches of so many rows.
 
     Nothing is checked here: make it with what the checked operator has just run with.
     """
@@ -31,7 +31,6 @@ class PreparedDecode:
     ) -> None:
         op = "progressive_decode"
         require_cpu(op, q, k_cache, v_cache, page_table, seq_lens, mode, threshold)
-        self._keep = (page_table, seq_lens, mode, threshold, kappa_floor, kappa_std)
         self._like = _like(q, k_cache, v_cache)
         self._lse = q.shape[:2]
         args = abi.DecodeArgs(
@@ -52,12 +51,44 @@ class PreparedDecode:
             k_head_stride=k_cache.stride(1),
             v_token_stride=v_cache.stride(0),
             v_head_stride=v_cache.stride(1),
-            mode=mode.data_ptr(),
-            threshold=threshold.data_ptr(),
-            kappa_floor=kappa_floor.data_ptr(),
-            kappa_std=kappa_std.data_ptr(),
         )
         self._call = PreparedCall(op, "psa_progressive_decode", args)
+        self._point_to(page_table, seq_lens, mode, threshold, kappa_floor, kappa_std)
+
+    def take_batch(self, **batch: torch.Tensor) -> None:
+        """Go on with other rows.
+
+        Args:
+            batch: page table, lengths and rules, as they were given to make this; they may differ
+                in ``max_pages``, and have the dtypes of those.
+
+        Raises:
+            ValueError: there are fewer or more rows, or they are not contiguous.
+        """
+        count = self._lse[0]
+        if any(len(t) != count or not t.is_contiguous() for t in batch.values()):
+            raise ValueError(f"progressive_decode: need contiguous tensors of {count} rows")
+        self._point_to(**batch)
+
+    def _point_to(
+        self,
+        page_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        mode: torch.Tensor,
+        threshold: torch.Tensor,
+        kappa_floor: torch.Tensor,
+        kappa_std: torch.Tensor,
+    ) -> None:
+        self._keep = (page_table, seq_lens, mode, threshold, kappa_floor, kappa_std)
+        args = self._call.args
+        args.rows.max_pages = page_table.shape[1]
+        args.rows.page_table_stride = page_table.stride(0)
+        args.rows.page_table = page_table.data_ptr()
+        args.rows.seq_lens = seq_lens.data_ptr()
+        args.mode = mode.data_ptr()
+        args.threshold = threshold.data_ptr()
+        args.kappa_floor = kappa_floor.data_ptr()
+        args.kappa_std = kappa_std.data_ptr()
 
     def serves(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
         """Whether these have the shapes, strides and dtypes of those that it was made with; the

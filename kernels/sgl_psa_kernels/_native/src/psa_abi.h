@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PSA_ABI_VERSION 8
+#define PSA_ABI_VERSION 9
 #define PSA_SKINNY_ROWS 8 /* most rows of psa_skinny_linear */
 #define PSA_EXPORT __attribute__((visibility("default")))
 
@@ -247,6 +247,16 @@ typedef struct {
   void *out;     /* [rows, dim] */
 } PsaSiluAndMulArgs;
 
+/* Strides and sizes in bytes; k_bytes and v_bytes: of one head of a row. */
+typedef struct {
+  int64_t count, num_slots, k_row, k_head, v_row, v_head;
+  int64_t k_slot, k_cache_head, v_slot, v_cache_head, k_bytes, v_bytes;
+  int32_t num_kv_heads, num_threads, error_index, reserved;
+  const void *k, *v;
+  void *k_cache, *v_cache;
+  const int64_t *slots; /* [count] */
+} PsaKvWriteArgs;
+
 PSA_EXPORT int psa_abi_version(void);
 PSA_EXPORT int psa_struct_size(int index); /* of the args of the functions below, in order */
 PSA_EXPORT const char *psa_isa(void);
@@ -265,6 +275,7 @@ PSA_EXPORT int psa_tier_gather(PsaTierRowsArgs *args);
 PSA_EXPORT int psa_tier_decode(PsaTierDecodeArgs *args);
 PSA_EXPORT int psa_tier_control(PsaTierControlArgs *args);
 PSA_EXPORT int psa_silu_and_mul(PsaSiluAndMulArgs *args);
+PSA_EXPORT int psa_kv_write(PsaKvWriteArgs *args);
 
 #ifdef __cplusplus
 }

@@ -177,13 +177,16 @@ class Worker {
     Item item;
     int cell = 0;
     for (item.column = begin; item.column < end; item.column++) {
-      if (item.column + PAGES_AHEAD < last) prefetch_page(item.column + PAGES_AHEAD);
+      const int ahead = item.column + PAGES_AHEAD;
       const bool known = has_sketch(item.column);
-      for (item.head = 0; item.head < heads; item.head++, cell += parts_)
+      for (item.head = 0; item.head < heads; item.head++, cell += parts_) {
+        // A little at a time: requests that come in bunches fill the buffers that loads need.
+        if (ahead < last) prefetch({ahead, item.head});
         if (known)
           score_page(item, cell);
         else
           std::fill(sums_ + cell, sums_ + cell + parts_, F4{} + __builtin_nanf(""));
+      }
     }
     finish(cell);
     for (int h = 0; h < heads; h++)
