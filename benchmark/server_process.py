@@ -121,7 +121,13 @@ class Process:
 
 
 class Server(Process):
-    """A server that speaks SGLang's HTTP interface."""
+    """A server that speaks SGLang's HTTP interface.
+
+    Attributes:
+        usual: variables that servers of a kind have, unless ``env`` says otherwise.
+    """
+
+    usual: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,
@@ -134,7 +140,9 @@ class Server(Process):
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port)]
-        super().__init__(name, [*command, *arguments], log, environment(env))
+        super().__init__(
+            name, [*command, *arguments], log, environment({**self.usual, **(env or {})})
+        )
         try:
             self._wait_ready()
         except BaseException:

@@ -32,7 +32,7 @@ __all__ = [
 
 ENV_PREFIX = "SGL_PSA_"
 #: Variables with the prefix that configure the build and the plugin, not the method.
-ENV_RESERVED = frozenset({"CACHE_DIR", "CPU_ISA", "ALLOW_UNTESTED_SGLANG"})
+ENV_RESERVED = frozenset({"CACHE_DIR", "CPU_ISA", "CPU_OVERLAP", "ALLOW_UNTESTED_SGLANG"})
 
 PolicyName = Literal[
     "psa", "dense", "topk", "window", "swa", "top_p", "oracle_top_p", "oracle_marginal"

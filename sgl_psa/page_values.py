@@ -12,7 +12,7 @@ from sgl_psa.value_means import ValueMeans
 from sgl_psa.value_norms import PAGE_BYTES, ValueNorms
 
 if TYPE_CHECKING:
-    from sgl_psa.wrapper import DecodePlan
+    from sgl_psa.decode_step import DecodePlan
 
 
 class PageValues:

@@ -18,12 +18,13 @@ from typing import NamedTuple
 import torch
 
 from sgl_psa.config import ConfigError, PSAConfig
+from sgl_psa.decode_step import DecodePlan, StepRecord
 from sgl_psa.policies import POLICIES
 from sgl_psa.policies.base import Policy
 from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers.base import PageBatch
 from sgl_psa.stats import StepStats
-from sgl_psa.wrapper import DecodePlan, PSADecodeWrapper, StepRecord
+from sgl_psa.wrapper import PSADecodeWrapper
 
 #: The backend whose kernels never wait for the device.
 BACKEND = "triton"

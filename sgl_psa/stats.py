@@ -62,7 +62,7 @@ class ReadCounts:
 
     def add(self, other: ReadCounts) -> None:
         """Add ``other`` to this, in place."""
-        for name in (f.name for f in fields(self)):
+        for name in _COLUMNS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,6 +87,9 @@ class ReadCounts:
             "one_round_terms": self.one_round_terms,
             "one_round": self.one_round,
         }
+
+
+_COLUMNS = tuple(f.name for f in fields(ReadCounts))
 
 
 def _ratio(part: float, whole: float, empty: float = 1.0) -> float:
@@ -116,7 +119,7 @@ class StepStats:
 
 
 def _counts(sums: list[float]) -> ReadCounts:
-    whole = (f.name not in ("rounds", "coverage") for f in fields(ReadCounts))
+    whole = (name not in ("rounds", "coverage") for name in _COLUMNS)
     values = (int(x) if count else x for x, count in zip(sums, whole, strict=True))
     return ReadCounts(*values)  # type: ignore[arg-type]
 
@@ -141,15 +144,15 @@ def step_stats(
     """
     if stops is None:
         stops = torch.zeros_like(seq_lens, dtype=torch.bool)
-    if summary_bytes is None:
-        summary_bytes = torch.zeros_like(columns[..., PAGES])
-    given = (columns.double(), seq_lens.double(), summary_bytes.double(), stops)
-    shape = (*columns.shape[:2], len(fields(ReadCounts)))
-    table = torch.zeros(shape, dtype=torch.float64, device=columns.device)
+    shape = (*columns.shape[:2], len(_COLUMNS))
+    table = torch.empty(shape, dtype=torch.float64, device=columns.device)
+    numbers = (columns, seq_lens, summary_bytes)
     if table.is_cpu:
-        _fill(np, table.numpy(), [x.numpy() for x in given], page_size, cost)
+        wide = [None if x is None else x.numpy().astype(np.float64) for x in numbers]
+        _fill(np, table.numpy(), [*wide, stops.numpy()], page_size, cost)
     else:
-        _fill(torch, table, given, page_size, cost)
+        wide = [None if x is None else x.double() for x in numbers]
+        _fill(torch, table, [*wide, stops], page_size, cost)
     return StepStats(table, sparse_rows)
 
 
@@ -163,7 +166,8 @@ def _fill(xp: Any, table: Any, given: Sequence[Any], page_size: int, cost: ByteC
     table[..., 0] = heads
     table[..., 1] = sums[..., PAGES]
     table[..., 2] = heads * xp.ceil(lens / page_size)
-    table[..., 3] = (columns[..., TOKENS] * cost.token + summary_bytes).sum(2)
+    read = columns[..., TOKENS] * cost.token
+    table[..., 3] = (read if summary_bytes is None else read + summary_bytes).sum(2)
     table[..., 4] = heads * cost.token * lens
     table[..., 5] = sums[..., ROUNDS]
     table[..., 6] = sums[..., COVERAGE]
@@ -188,14 +192,16 @@ class PSAStats:
         self._sparse_rows: int | torch.Tensor = 0
         self.audit: Auditor | None = None
         self.predictor: Predictor | None = None
-        self._table = torch.zeros(num_layers, len(fields(ReadCounts)), dtype=torch.float64)
+        self._table = torch.zeros(num_layers, len(_COLUMNS), dtype=torch.float64)
 
     def add(self, step: StepStats) -> None:
         """Account one decode step."""
         self.decode_steps += 1
         self._sparse_rows = self._sparse_rows + step.sparse_rows
-        if self._table.device != step.table.device:
-            self._table = self._table.to(step.table.device)
+        if step.table.is_cpu and self._table.is_cpu:
+            self._table.numpy()[:] += step.table.numpy().sum(1)
+            return
+        self._table = self._table.to(step.table.device)
         self._table += step.table.sum(1)
 
     @property

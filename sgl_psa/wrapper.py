@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sgl_psa_kernels.progressive_decode import progressive_decode
@@ -13,74 +12,19 @@ from sgl_psa.audit import Auditor
 from sgl_psa.budget import BudgetPrior
 from sgl_psa.config import PSAConfig
 from sgl_psa.crossover import min_context
+from sgl_psa.decode_step import DecodePlan, Parts, StepRecord
 from sgl_psa.memory import legal as memory
 from sgl_psa.page_values import PageValues
 from sgl_psa.prediction import Predictor
 from sgl_psa.row import COVERAGE
 from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers import Scorer
-from sgl_psa.scorers.base import PageBatch, ScoredStep
-from sgl_psa.selector import Selection, Selector
+from sgl_psa.scorers.base import PageBatch
+from sgl_psa.selector import Selector
 from sgl_psa.stats import NUM_COLUMNS, ROUNDS, ByteCost, PSAStats, StepStats, step_stats
 
 if TYPE_CHECKING:
     from sgl_psa.memory.tiered_cache import TieredCache
-
-
-class _Parts(NamedTuple):
-    """What the rules and lengths of a batch make of its rows.
-
-    Attributes:
-        given: the rules; sparse: which rows do not take the dense pass, of the long ones.
-        long: rows of at least the least context.
-        rows: the rules, mode 0 and no stop rule where a row is dense.
-        active: uint8 [B], rows that want scores.
-        counts: sparse rows, scored, weighted, and under the coverage rule.
-    """
-
-    given: RuleRows
-    long: list[bool]
-    sparse: torch.Tensor
-    rows: RuleRows
-    active: torch.Tensor
-    counts: tuple[int, int, int, int]
-
-
-class DecodePlan(NamedTuple):
-    """One decode step, the same for every layer.
-
-    Attributes:
-        sparse_rows, scored_rows: how many rows do not take the dense pass, and how many of these
-            have their pages scored.
-        weighted_rows: how many of the scored rows have their estimates weighted by value norms.
-        selections: rows whose policies choose their pages outright.
-    """
-
-    batch: PageBatch
-    rows: RuleRows
-    sparse_rows: int | torch.Tensor
-    scored_rows: int
-    weighted_rows: int
-    selections: tuple[Selection, ...]
-
-
-@dataclass
-class StepRecord:
-    """What the layers of a step left behind.
-
-    Attributes:
-        columns: the kernels' statistics, float32 [L, B, Hkv, NUM_COLUMNS]; 0 where nothing ran.
-        layers: those that ran.
-        scored: the scorer's step, from which it tells what it read; ``None`` if nothing was scored.
-        value_bytes: bytes read of value means and norms, float32 [B, Hkv]; of layers that tell.
-        ran: whether the step ran, and was not merely captured.
-    """
-
-    columns: torch.Tensor
-    layers: set[int] = field(default_factory=set)
-    scored: ScoredStep | None = None
-    value_bytes: dict[int, torch.Tensor] = field(default_factory=dict)
-    ran: bool = True
 
 
 class PSADecodeWrapper:
@@ -145,7 +89,8 @@ class PSADecodeWrapper:
         self._plan: DecodePlan | None = None
         self._record: StepRecord | None = None
         self._prepared: PreparedDecode | None = None
-        self._parts: _Parts | None = None
+        self._prepared_plan: DecodePlan | None = None  # whose rows it has
+        self._parts: Parts | None = None
         self._selector = Selector(config, scorer.shape)
 
     def plan(
@@ -190,7 +135,7 @@ class PSADecodeWrapper:
         self._record = self.new_record(len(seq_lens))
         return self._plan
 
-    def _divide(self, rows: RuleRows, long: list[bool]) -> _Parts:
+    def _divide(self, rows: RuleRows, long: list[bool]) -> Parts:
         """The parts of a batch; those of the last one if nothing changed since."""
         kept = self._parts
         if kept is not None and kept.given is rows and kept.long == long:
@@ -200,7 +145,7 @@ class PSADecodeWrapper:
         used = rows._replace(mode=rows.mode * sparse, stops=rows.stops & sparse)
         flags = [sparse, scored, rows.weighted & scored, used.mode == COVERAGE]
         counts = torch.stack([f.sum() for f in flags]).tolist()
-        parts = _Parts(rows, long, sparse, used, scored.to(torch.uint8), tuple(counts))
+        parts = Parts(rows, long, sparse, used, scored.to(torch.uint8), tuple(counts))
         self._parts = parts
         return parts
 
@@ -261,15 +206,16 @@ class PSADecodeWrapper:
             residuals,
         )  # fmt: skip
         record.layers.add(layer)
-        columns = record.columns[layer]
         if choices:
+            columns = record.columns[layer]
             self._selector.account(layer, choices, columns, q, k_cache, lse, batch, sm_scale)
         if attended is not None and estimates is not None:
             out, record.value_bytes[layer] = self.values.complete(
-                layer, out, lse, estimates, attended, columns, plan
+                layer, out, lse, estimates, attended, record.columns[layer], plan
             )
         if self.audit is not None:
             assert k_cache is not None and v_cache is not None
+            columns = record.columns[layer]
             self.audit.observe(layer, q, k_cache, v_cache, out, lse, columns, plan, sm_scale)
         return out, lse
 
@@ -288,7 +234,7 @@ class PSADecodeWrapper:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and log-sum-exp of a layer; its statistics go to the step's record.
 
-        The first layer of a step checks the arguments. Those after it, if alike, need no checks.
+        The first call checks the arguments. Those after it, if alike, need no checks.
         """
         assert self._plan is not None and self._record is not None
         columns = self._record.columns
@@ -299,26 +245,28 @@ class PSADecodeWrapper:
             "kappa_start": kappa_start,
             "residuals": residuals,
         }
-        if self._prepared is not None:
-            assert k_cache is not None and v_cache is not None
-            if self._prepared.serves(q, k_cache, v_cache):
-                return self._prepared(q, k_cache, v_cache, log_mass, columns, layer, **options)
         batch, rows, config = self._plan.batch, self._plan.rows, self.config
-        forced: dict[str, Any] = {
-            "sink_pages": config.sink_pages,
-            "recent_pages": config.recent_pages,
-            "group_pages": config.group_pages,
-        }
-        options |= forced
-        options |= {
+        of_rows = {
             "page_table": batch.page_table,
             "seq_lens": batch.seq_lens,
-            "log_mass": log_mass,
             "mode": rows.mode,
             "threshold": rows.threshold,
             "kappa_floor": rows.kappa_floor,
             "kappa_std": rows.kappa_std,
         }
+        if self._prepared is not None:
+            assert k_cache is not None and v_cache is not None
+            if self._prepared.serves(q, k_cache, v_cache):
+                if self._prepared_plan is not self._plan:
+                    self._prepared.take_batch(**of_rows)
+                    self._prepared_plan = self._plan
+                return self._prepared(q, k_cache, v_cache, log_mass, columns, layer, **options)
+        forced: dict[str, Any] = {
+            "sink_pages": config.sink_pages,
+            "recent_pages": config.recent_pages,
+            "group_pages": config.group_pages,
+        }
+        options |= {**forced, **of_rows, "log_mass": log_mass}
         if self.tier is not None:
             return self.tier.decode(layer, q, **options, stats=columns[layer])[:2]
         assert k_cache is not None and v_cache is not None
@@ -330,15 +278,11 @@ class PSADecodeWrapper:
                 q,
                 k_cache,
                 v_cache,
-                batch.page_table,
-                batch.seq_lens,
-                rows.mode,
-                rows.threshold,
-                rows.kappa_floor,
-                rows.kappa_std,
+                **of_rows,
                 page_size=self.page_size,
                 **forced,
             )
+            self._prepared_plan = self._plan
         return out, lse
 
     def _score(
@@ -355,7 +299,7 @@ class PSADecodeWrapper:
     def finish(self) -> StepStats | None:
         """Close the planned step: add it to ``stats`` and return it; ``None`` if nothing ran."""
         plan, record = self._plan, self._record
-        self._plan = self._record = self._prepared = None
+        self._plan = self._record = None
         if plan is None or record is None or not record.layers or not record.ran:
             return None
         # A step that left layers out says nothing about them.
@@ -373,11 +317,12 @@ class PSADecodeWrapper:
         self.stats.add(step)
         return step
 
-    def _summary_bytes(self, plan: DecodePlan, record: StepRecord) -> torch.Tensor:
-        """Bytes read of what is kept of the pages in a step, float32 [L, B, Hkv]."""
-        read = None
-        if plan.scored_rows:
-            read = self.scorer.read_bytes(slice(None), record.scored)
+    def _summary_bytes(self, plan: DecodePlan, record: StepRecord) -> torch.Tensor | None:
+        """Bytes read of what is kept of the pages in a step, float32 [L, B, Hkv]; ``None``: none
+        were scored."""
+        if not plan.scored_rows:
+            return None
+        read = self.scorer.read_bytes(slice(None), record.scored)
         if read is None:
             # Every page of a scored row has its summary read, those that are forced too.
             scored = plan.batch.pages_scored(self.page_size) * self.cost.scored_page

@@ -52,12 +52,14 @@ class CpuPagedAllocator(PagedTokenToKVPoolAllocator):
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
     ) -> torch.Tensor | None:
         """Slot of token ``seq_len - 1`` of each request, int64 [B]; ``None`` when pages are out."""
-        opens_page = (seq_lens - 1) % self.page_size == 0
-        pages = self._take(int(opens_page.sum()))
+        lens = seq_lens.tolist()
+        opens_page = [row for row, n in enumerate(lens) if (n - 1) % self.page_size == 0]
+        pages = self._take(len(opens_page))
         if pages is None:
             return None
         slots = last_loc.to(torch.int64) + 1
-        slots[opens_page] = pages * self.page_size
+        if opens_page:
+            slots[opens_page] = pages * self.page_size
         return slots
 
     def _take(self, count: int) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from sgl_psa.rule_table import RuleTable
 from sgl_psa.stats import StepStats
 from sgl_psa.wrapper import PSADecodeWrapper
 from sglang_psa import defaults, hooks, layers, prefix_budgets, state
-from sglang_psa.compat import AttentionBackend, KVWriteLoc
+from sglang_psa.compat import AttentionBackend
 from sglang_psa.decode_graph import DecodeGraphs
 from sglang_psa.kv_pool import PSAKVPool
 from sglang_psa.prefill import Prefill
@@ -35,7 +36,6 @@ class PSAAttentionBackend(AttentionBackend):
         rules: rule of each slot of the request pool.
         wrapper: the decode loop; ``wrapper.stats`` are the totals since start.
         last_step: statistics of the newest finished decode step, rows in batch order.
-        layer_calls: of the CPU layers by what ran; ``None`` where the model keeps SGLang's.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -52,13 +52,13 @@ class PSAAttentionBackend(AttentionBackend):
                 f"the KV pool is {type(runner.token_to_kv_pool).__name__}, not PSAKVPool"
             )
         layers.check(runner.model)
-        self.layer_calls: Counter[str] | None = None
+        self._count_calls: Callable[[], Counter[str]] | None = None
         if runner.token_to_kv_pool.kernel_backend == "cpu" and defaults.on_psa_cpu_platform():
             from sglang_psa import cpu_layers, decoder_layer
 
             cpu_layers.install(runner.model)
             decoder_layer.install(runner.model)
-            self.layer_calls = cpu_layers.calls
+            self._count_calls = decoder_layer.calls
         self.pool = runner.token_to_kv_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
@@ -87,6 +87,11 @@ class PSAAttentionBackend(AttentionBackend):
             self.wrapper.min_context,
             self.config.as_dict(),
         )
+
+    @property
+    def layer_calls(self) -> Counter[str] | None:
+        """Calls of the CPU layers by what ran; ``None`` where the model keeps SGLang's."""
+        return None if self._count_calls is None else self._count_calls()
 
     def parse_rule(self, params: dict[str, Any] | None) -> RequestRule:
         """The rule a request asks for; raises ``ConfigError`` for one that cannot be used."""
@@ -180,8 +185,7 @@ class PSAAttentionBackend(AttentionBackend):
             what = ", ".join(given) or "layers that share another layer's KV"
             raise layers.UnsupportedLayer(f"layer {layer.layer_id}: psa does not support {what}")
         if save_kv_cache:
-            loc = KVWriteLoc(forward_batch.out_cache_loc, None)
-            self.pool.set_kv_buffer(layer, loc, k, v)
+            self.pool.write(layer, forward_batch.out_cache_loc, k, v)
 
     def _finish_step(self) -> None:
         self.last_step = self.wrapper.finish()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from sgl_psa.config import ConfigError
+
 #: Tokens a page under the psa backend.
 PAGE_SIZE = 16
 #: Share of memory for weights and KV on a machine whose RAM the server shares with others.
 CPU_MEM_FRACTION = 0.7
 OMP_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 CORE_DUMP = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH"
+#: 1 keeps SGLang's overlap scheduler on CPUs.
+CPU_OVERLAP = "SGL_PSA_CPU_OVERLAP"
 
 
 def apply_psa_defaults(server_args: Any) -> None:
@@ -29,6 +33,8 @@ def apply_psa_defaults(server_args: Any) -> None:
     if on_psa_cpu_platform():
         # An idle scheduler otherwise polls, and takes a core from whoever computes.
         server_args.sleep_on_idle = True
+        if not _overlap_wanted():
+            server_args.disable_overlap_schedule = True
 
 
 def apply_cpu_defaults(server_args: Any) -> None:
@@ -51,6 +57,19 @@ def on_psa_cpu_platform() -> bool:
     from sglang_psa.cpu_platform import PSACpuPlatform
 
     return isinstance(current_platform, PSACpuPlatform)
+
+
+def _overlap_wanted() -> bool:
+    """Whether the scheduler prepares a step while another runs. On a CPU the same core does both,
+    so nothing is gained, and every token comes a step later.
+
+    Raises:
+        ConfigError: the variable is neither 0 nor 1.
+    """
+    value = os.environ.get(CPU_OVERLAP, "0")
+    if value not in ("0", "1"):
+        raise ConfigError(f"{CPU_OVERLAP} must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 _our_binding: str | None = None

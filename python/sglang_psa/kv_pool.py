@@ -11,12 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sgl_psa_kernels import kv_write
 
 from sgl_psa.backends import resolve_backend
 from sgl_psa.config import PSAConfig
 from sgl_psa.kv_layout import zeros_heads_first
 from sgl_psa.scorers import CacheShape, Scorer
 from sgl_psa.summaries import make_summaries
+from sglang_psa import compat
 from sglang_psa.compat import MHATokenToKVPool
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ class PSAKVPool(MHATokenToKVPool):
         )
         self.kernel_backend = resolve_backend(self._psa_config.backend, self.device)
         self.summaries = make_summaries(self._psa_config, shape, self.kernel_backend)
+        self._writes: dict[int, kv_write.PreparedWrite] = {}
         return shape
 
     @property
@@ -84,11 +87,43 @@ class PSAKVPool(MHATokenToKVPool):
     def _store_kv_layer(
         self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor
     ) -> None:
-        super()._store_kv_layer(layer_idx, loc, cache_k, cache_v)
-        self.summaries.on_write(layer_idx, loc, self.k_buffer[layer_idx], self.v_buffer[layer_idx])
+        k_cache, v_cache = self.k_buffer[layer_idx], self.v_buffer[layer_idx]
+        if self.kernel_backend == "cpu":
+            self._write_natively(layer_idx, loc, cache_k, cache_v)
+        else:
+            super()._store_kv_layer(layer_idx, loc, cache_k, cache_v)
+        self.summaries.on_write(layer_idx, loc, k_cache, v_cache)
+
+    def _write_natively(
+        self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor
+    ) -> None:
+        """Where heads lie apart, which SGLang's own C++ writer does not know."""
+        write = self._writes.get(layer_idx)
+        if write is not None and write.serves(cache_k, cache_v, loc):
+            write(cache_k, cache_v, loc)
+            return
+        k_cache, v_cache = self.k_buffer[layer_idx], self.v_buffer[layer_idx]
+        kv_write.kv_write(cache_k, cache_v, k_cache, v_cache, loc, backend="cpu")
+        self._writes[layer_idx] = kv_write.PreparedWrite(k_cache, v_cache)
+
+    def write(self, layer: Any, loc: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store new rows of K and V, [N, Hkv, D], at the slots ``loc``, int64 [N].
+
+        ``set_kv_buffer`` does the same, and takes longer to find that there is nothing else to do.
+
+        Raises:
+            ValueError: a slot outside of the pool; of kernels in C++.
+        """
+        if self.kernel_backend == "cpu" and k.dtype == v.dtype == self.dtype == self.store_dtype:
+            self._store_kv_layer(layer.layer_id - self.start_layer, loc, k, v)
+        else:
+            self.set_kv_buffer(layer, compat.KVWriteLoc(loc, None), k, v)
 
     def decode_buffers(self, layer_id: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """K and V of all slots of a layer, [slots, Hkv, D], for the decode wrapper."""
+        if self.kernel_backend == "cpu" and self.layer_transfer_counter is None:
+            index = layer_id - self.start_layer
+            return self.k_buffer[index], self.v_buffer[index]
         buffers: tuple[torch.Tensor, torch.Tensor] = self.get_kv_buffer(layer_id)
         return buffers
 
@@ -126,4 +161,4 @@ class PSAKVPool(MHATokenToKVPool):
 
     def _clear_buffers(self) -> None:
         super()._clear_buffers()
-        del self.summaries
+        del self.summaries, self._writes

@@ -69,10 +69,10 @@ class PSAServerArgs(ServerArgs):
             self._resolve_psa_config()
             refusals.check(self)
             model_folder.check(self.model_path, weights=self.load_format != "dummy")
+            defaults.apply_cpu_defaults(self)
+            defaults.apply_psa_defaults(self)
         except ValueError as error:
             raise StartUpError(str(error)) from None
-        defaults.apply_cpu_defaults(self)
-        defaults.apply_psa_defaults(self)
         super().__post_init__()
         if not uses_psa(self):
             raise StartUpError(

@@ -17,7 +17,7 @@ from sgl_psa.row import CONSERVATIVE, COVERAGE, DENSE
 from sgl_psa.stats import COVERAGE as CLAIMED
 
 if TYPE_CHECKING:
-    from sgl_psa.wrapper import DecodePlan
+    from sgl_psa.decode_step import DecodePlan
 
 
 class AuditSample(NamedTuple):

@@ -215,9 +215,13 @@ def test_coverage_is_conservative_until_there_are_residuals(backend, cache) -> N
 
 def test_the_next_step_starts_from_the_residuals_of_the_last(backend, cache, monkeypatch) -> None:
     calls = []
-    run = PSADecodeWrapper.run.__globals__["progressive_decode"]
-    spy = lambda *args, **options: calls.append(options) or run(*args, **options)  # noqa: E731
-    monkeypatch.setitem(PSADecodeWrapper.run.__globals__, "progressive_decode", spy)
+    attend = PSADecodeWrapper._attend
+
+    def spy(wrapper, *args):
+        calls.append(dict(zip(("kappa_start", "residuals"), args[-2:], strict=True)))
+        return attend(wrapper, *args)
+
+    monkeypatch.setattr(PSADecodeWrapper, "_attend", spy)
     steps = Steps(cache, COVERAGE, backend)
     sums = sums_after(steps, 0)[:, 0]
     assert (calls[0]["kappa_start"] == 0).all()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sgl_psa.config import PSAConfig
+from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
 from sgl_psa.scorers import SCORERS
 from sgl_psa.stats import COVERAGE, NUM_COLUMNS, ByteCost, ReadCounts, _fill
@@ -205,3 +206,48 @@ def test_statistics_are_the_same_by_numpy_and_by_torch() -> None:
     first = ReadCounts(*by_torch[0, 0].tolist())
     assert (first.visits, first.pages_total, first.bytes_dense) == (2, 2 * -(-100 // PAGE), 1600)
     assert by_torch[1, 2, 8] == 1 and by_torch[1, 1, 8] == 2 and (by_torch[:, 3] == 0).all()
+
+
+def test_a_step_does_not_depend_on_those_before_it(backend) -> None:
+    """Arguments that stay prepared from step to step follow rows, lengths and rules."""
+    cache = make_cache([40 * PAGE, 9 * PAGE + 3, 25 * PAGE, 70], KV_HEADS, DIM, seed=9)
+    kept, _ = make_wrapper(cache, SMALL, backend)
+    rules = [{}, {"psa_policy": "dense"}, {"psa_coverage": 0.8}, {"psa_delta": 0.4}]
+    for seed, (slots, lens) in enumerate(
+        (
+            ([0, 1], [40 * PAGE, 140]),
+            ([0, 1], [40 * PAGE - 3, 141]),
+            ([2, 0], [25 * PAGE, 17]),
+            ([3, 1], [70, 0]),
+            ([0, 1, 2], [100, 100, 300]),
+            ([1, 3], [147, 33]),
+        )
+    ):
+        outs, tables = [], []
+        for wrapper in (kept, make_wrapper(cache, SMALL, backend)[0]):
+            table = RuleTable(SMALL, 4, "cpu")
+            for slot, params in enumerate(rules):
+                table.set(slot, RequestRule.parse(params, SMALL))
+            rows = torch.tensor(slots)
+            wrapper.plan(cache.req_to_token, rows, torch.tensor(lens), table.rows(rows))
+            out, lse = wrapper.run(0, queries(len(slots), seed), cache.k, cache.v, SCALE)
+            outs.append((out, lse))
+            tables.append(wrapper.finish().table)
+        assert torch.equal(*(out for out, _ in outs)) and torch.equal(*(lse for _, lse in outs))
+        assert torch.equal(*tables)
+
+
+def test_a_prepared_call_refuses_other_rows() -> None:
+    cache = make_cache([40, 50], KV_HEADS, DIM, seed=9)
+    wrapper, _ = make_wrapper(cache, SMALL, "cpu")
+    decode(wrapper, cache, queries(2), SCALE)
+    prepared = wrapper._prepared
+    assert prepared is not None
+    table, lens = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    floats = torch.zeros(2)
+    rest = {"threshold": floats, "kappa_floor": floats, "kappa_std": floats}
+    rest |= {"seq_lens": lens, "mode": lens}
+    prepared.take_batch(page_table=table, **rest)
+    for bad in (table[:1], torch.zeros(2, 8, dtype=torch.int32)[:, ::2]):
+        with pytest.raises(ValueError, match="contiguous tensors of 2 rows"):
+            prepared.take_batch(page_table=bad, **rest)

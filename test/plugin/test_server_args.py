@@ -303,3 +303,15 @@ def test_refusals_print_one_line_and_other_errors_a_traceback(capsys):
     assert capsys.readouterr().err == "sgl-psa: error: psa and X: drop --x\n"
     hook(KeyError, KeyError("other"), None)
     assert len(seen) == 1
+
+
+def test_cpus_have_no_overlap_scheduler_unless_asked_for(monkeypatch):
+    monkeypatch.delenv("SGL_PSA_CPU_OVERLAP", raising=False)
+    assert parse(*PSA).disable_overlap_schedule
+    assert not parse(*BASE).disable_overlap_schedule, "without psa SGLang is as it was"
+    monkeypatch.setenv("SGL_PSA_CPU_OVERLAP", "1")
+    assert not parse(*PSA).disable_overlap_schedule
+    assert parse(*PSA, "--disable-overlap-schedule").disable_overlap_schedule
+    monkeypatch.setenv("SGL_PSA_CPU_OVERLAP", "yes")
+    with pytest.raises(StartUpError, match="SGL_PSA_CPU_OVERLAP must be 0 or 1, got 'yes'"):
+        parse(*PSA)

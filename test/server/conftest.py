@@ -127,7 +127,8 @@ def served(logs: Path) -> Iterator[Server]:
     ``test_serve_command`` ends it, so modules that use it come before that one.
     """
     options = ["--sleep-on-idle", "--max-total-tokens", "32768"]
-    process = Server("serve", options, logs / "serve.log", module="sglang_psa.serve")
+    given = {"SGL_PSA_CPU_OVERLAP": "0"}
+    process = Server("serve", options, logs / "serve.log", given, module="sglang_psa.serve")
     with running(process):
         yield process
 

@@ -12,12 +12,12 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
+from benchmark import server_process
 from benchmark.server_process import (
     REQUEST_SECONDS,
     START_SECONDS,
     STOP_SECONDS,
     Process,
-    Server,
     environment,
     free_port,
     request,
@@ -35,6 +35,16 @@ __all__ = [
 ]
 
 
+#: The scheduler that servers have on GPUs. On CPUs it is off unless asked for.
+OVERLAP = {"SGL_PSA_CPU_OVERLAP": "1"}
+
+
+class Server(server_process.Server):
+    """A server with the overlap scheduler unless ``env`` says otherwise."""
+
+    usual = OVERLAP
+
+
 class Engine(Process):
     """``sgl.Engine`` in a process of its own, driven over a socket."""
 
@@ -43,7 +53,7 @@ class Engine(Process):
         worker = str(Path(__file__).with_name("engine_worker.py"))
         self._listener = Listener(address, family="AF_UNIX")
         command = [sys.executable, worker, address, json.dumps(options)]
-        super().__init__(name, command, folder / f"{name}.log", environment())
+        super().__init__(name, command, folder / f"{name}.log", environment(OVERLAP))
         try:
             self._connection = self._accept()
         except BaseException:
