@@ -7,7 +7,7 @@
 #              QUICK=1: a few minutes; FULL=1: 32k tokens of a larger model too, many hours;
 #              RESUME=1: keeps the finished cases of an earlier run
 # make bench-memory   servers with KV on two tiers against all-resident ones: out/bench_memory.json,
-#              out/bench_memory.md, residency by layer in out/bench_memory.png; about 25 minutes;
+#              out/bench_memory.md, residency by layer in out/bench_memory.png; about half an hour;
 #              QUICK=1: short prompts; RESUME=1: keeps the finished servers of an earlier run
 # make soak MINUTES=30   random load on a server with KV on two tiers; fails on a leak or a wrong
 #              answer; SEED=N: another load

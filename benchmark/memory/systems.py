@@ -78,6 +78,10 @@ VARIANTS = (
         System("25 %, file", 0.25, host="file"),
         System("25 %, file, stop-and-go", 0.25, pipeline=False, host="file"),
     ),
+    (
+        System("10 %, file", 0.1, host="file"),
+        System("10 %, file, layer-even", 0.1, EVEN, host="file"),
+    ),
 )
 CAPACITY = ((SAME_BYTES, QUARTER),)
 
