@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 SHARED = {"server": "shared servers", "uncached": "shared servers", "served": "served model"}
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that talk to the same processes stay on one worker: ``--dist loadgroup``.
 
