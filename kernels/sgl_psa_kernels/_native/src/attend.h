@@ -42,15 +42,43 @@ struct HeadState {
   float log_mass(int g) const { return m[g] + std::log(l[g]); }
 };
 
-// K and V rows, for the first KV head, of the tokens that are attended together.
+// Pages are attended in blocks of about this many tokens, to spread the cost of a softmax step.
+constexpr int BLOCK_TOKENS = 64;
+
+// Where the rows of a page begin, for the first KV head.
 template <class T>
-struct Block {
-  const T **k, **v;
+struct PageRows {
+  const T *k, *v;
   int tokens;
 };
 
-// Pages are attended in blocks of about this many tokens, to spread the cost of a softmax step.
-constexpr int BLOCK_TOKENS = 64;
+// K and V rows, for the first KV head, of the tokens that are attended together, in the order in
+// which they are read: a row of each page in turn. Pages lie apart, and several places of memory are
+// read at once faster than one after the other. place: where the logit of a row belongs, so that
+// those of a page follow each other.
+template <class T>
+struct Block {
+  const T **k, **v;
+  int16_t* place;
+  int tokens;
+
+  // k_step, v_step: strides from one token to the next
+  void fill(const PageRows<T>* pages, int count, int64_t k_step, int64_t v_step) {
+    int longest = 0;
+    for (int i = 0; i < count; i++) longest = std::max(longest, pages[i].tokens);
+    tokens = 0;
+    for (int t = 0; t < longest; t++)
+      for (int i = 0, first = 0; i < count; first += pages[i++].tokens)
+        if (t < pages[i].tokens) {
+          k[tokens] = pages[i].k + t * k_step;
+          v[tokens] = pages[i].v + t * v_step;
+          place[tokens++] = (int16_t)(first + t);
+        }
+    // Logits are computed by fours.
+    for (int t = tokens; t % 4; t++) place[t] = (int16_t)t;
+  }
+};
+
 // Tokens whose values are added before the next head's turn: a head alone has no other to wait for.
 constexpr int VALUE_TOKENS_ONE_HEAD = 16, VALUE_TOKENS_ALL_HEADS = 8;
 // Distance in tokens between what is attended and what is brought to L2, first keys, then values,
@@ -68,7 +96,7 @@ struct BlockSpace {
   int pitch;
 
   static size_t bytes(int heads, int tokens) {
-    return 4 * Scratch::need<const T*>(tokens) +
+    return 4 * Scratch::need<const T*>(tokens) + 2 * Scratch::need<int16_t>(tokens + 3) +
            2 * Scratch::need<float>((size_t)heads * pitch_of(tokens));
   }
   void take(Scratch& s, int heads, int tokens) {
@@ -76,6 +104,7 @@ struct BlockSpace {
     for (Block<T>* b : {&now, &ahead}) {
       b->k = s.take<const T*>(tokens);
       b->v = s.take<const T*>(tokens);
+      b->place = s.take<int16_t>(tokens + 3);
       b->tokens = 0;
     }
     logits = s.take<float>((size_t)heads * pitch);
@@ -94,19 +123,21 @@ __attribute__((always_inline)) inline void prefetch_row(const T* row, int dim) {
 // the first ones of all pages of memory where a head's rows follow each other.
 template <class T>
 inline void translate(const Block<T>& b, int dim) {
-  const int rows = std::max(1, 4096 / (dim * (int)sizeof(T)));
-  for (int t = 0; t < b.tokens; t += rows) {
-    prefetch_l2(b.k[t]);
-    prefetch_l2(b.v[t]);
-  }
+  int rows = 1;
+  while (2 * rows * dim * (int)sizeof(T) <= 4096) rows *= 2;
+  for (int t = 0; t < b.tokens; t++)
+    if (!(b.place[t] & (rows - 1))) {
+      prefetch_l2(b.k[t]);
+      prefetch_l2(b.v[t]);
+    }
 }
 
-// logits[g][0 .. 4) of four rows for GB heads; DT = head_dim at compile time or 0. Row stride of
+// logits[g][place[0 .. 4)] of four rows for GB heads; DT = head_dim at compile time or 0. Row stride of
 // logits: `pitch`. Meanwhile `next` goes to L2, a little at every step: requests that come in
 // bunches keep the buffers busy that the loads need.
 template <int GB, int DT, class T>
 inline void dot_four(const T* const (&row)[4], const T* const (&next)[4], const float* q, int dim,
-                     float* logits, int pitch) {
+                     const int16_t* place, float* logits, int pitch) {
   const int D = DT ? DT : dim;
   F sum[GB][4] = {};
   int d = 0;
@@ -132,15 +163,18 @@ inline void dot_four(const T* const (&row)[4], const T* const (&next)[4], const 
       const F key = load(row[u] + d);
       for (int g = 0; g < GB; g++) sum[g][u] += loadu<F>(q + g * D + d) * key;
     }
-  for (int g = 0; g < GB; g++)
-    storeu(logits + g * pitch, hsum4(sum[g][0], sum[g][1], sum[g][2], sum[g][3]));
+  for (int g = 0; g < GB; g++) {
+    const F4 x = hsum4(sum[g][0], sum[g][1], sum[g][2], sum[g][3]);
+    for (int u = 0; u < 4; u++) logits[g * pitch + place[u]] = x[u];
+  }
 }
 
-// acc[g][d0 .. d0 + NB * LANES) += sum_t weight[g][t] * row[t]; NB is even, or 1 for the last
+// acc[g][d0 .. d0 + NB * LANES) += sum_t weight[g][place[t]] * row[t]; NB is even, or 1 for the last
 // vector. at: offset of the head in the rows. `next` goes to L2.
 template <int GB, int NB, class T>
 inline void add_value_part(const T* const* rows, int64_t at, const T* const* next, int tokens,
-                           const float* weights, int pitch, float* acc, int D, int d0) {
+                           const int16_t* place, const float* weights, int pitch, float* acc, int D,
+                           int d0) {
   F sum[GB][NB];
   for (int g = 0; g < GB; g++)
     for (int j = 0; j < NB; j++) sum[g][j] = loadu<F>(acc + g * D + d0 + j * LANES);
@@ -159,7 +193,7 @@ inline void add_value_part(const T* const* rows, int64_t at, const T* const* nex
       }
 #pragma GCC unroll 4
     for (int g = 0; g < GB; g++) {
-      const F w = set1(weights[g * pitch + t]);
+      const F w = set1(weights[g * pitch + place[t]]);
 #pragma GCC unroll 4
       for (int j = 0; j < NB; j++) sum[g][j] += w * value[j];
     }
@@ -170,17 +204,17 @@ inline void add_value_part(const T* const* rows, int64_t at, const T* const* nex
 
 template <int GB, int DT, class T>
 inline void add_values(const T* const* rows, int64_t at, const T* const* next, int tokens,
-                       const float* weights, int pitch, float* acc, int dim) {
+                       const int16_t* place, const float* weights, int pitch, float* acc, int dim) {
   const int D = DT ? DT : dim;
   int d = 0;
   for (; d + 4 * LANES <= D; d += 4 * LANES)
-    add_value_part<GB, 4>(rows, at, next, tokens, weights, pitch, acc, D, d);
+    add_value_part<GB, 4>(rows, at, next, tokens, place, weights, pitch, acc, D, d);
   if constexpr (DT == 0 || DT % (4 * LANES) != 0) {
     if (d + 2 * LANES <= D) {
-      add_value_part<GB, 2>(rows, at, next, tokens, weights, pitch, acc, D, d);
+      add_value_part<GB, 2>(rows, at, next, tokens, place, weights, pitch, acc, D, d);
       d += 2 * LANES;
     }
-    if (d < D) add_value_part<GB, 1>(rows, at, next, tokens, weights, pitch, acc, D, d);
+    if (d < D) add_value_part<GB, 1>(rows, at, next, tokens, place, weights, pitch, acc, D, d);
   }
 }
 
@@ -308,8 +342,8 @@ __attribute__((noinline)) void attend_block(HeadState& st, int heads, int group,
       }
       for_head_blocks(group, [&](int g, auto count) {
         const size_t at = (size_t)h * group + g;
-        dot_four<count(), DT>(row, g ? row : next, st.q + at * D, dim,
-                              s.logits + at * pitch + t, pitch);
+        dot_four<count(), DT>(row, g ? row : next, st.q + at * D, dim, s.now.place + t,
+                              s.logits + at * pitch, pitch);
       });
     }
   for (int h = 0; h < heads; h++)
@@ -334,8 +368,8 @@ __attribute__((noinline)) void attend_block(HeadState& st, int heads, int group,
       }
       for_head_blocks(group, [&](int g, auto size) {
         const size_t at = (size_t)h * group + g;
-        add_values<size(), DT>(s.now.v + t, v_at, next, count, s.weights + at * pitch + t, pitch,
-                               st.acc + at * D, dim);
+        add_values<size(), DT>(s.now.v + t, v_at, next, count, s.now.place + t,
+                               s.weights + at * pitch, pitch, st.acc + at * D, dim);
       });
     }
 }

@@ -57,7 +57,7 @@ void dense_chunk(const PsaDecodeArgs& a, Pool& pool, int row, int chunk, const P
   int pages[CHUNK_TOKENS];
   for (int p = 0; p < count; p++) pages[p] = begin + p;
   pool.expect(pages, count, nullptr, 0);
-  if constexpr (Pool::RESIDENT) pool.append(space.ahead, pages, std::min(step, count), 0);
+  if constexpr (Pool::RESIDENT) pool.fill(space.ahead, pages, std::min(step, count), 0);
   for (int h = 0; h < heads; h += together) {
     HeadState st = state(h);
     for (int p = 0; p < count; p += step) {
@@ -69,11 +69,9 @@ void dense_chunk(const PsaDecodeArgs& a, Pool& pool, int row, int chunk, const P
       if constexpr (Pool::RESIDENT) {
         std::swap(space.now, space.ahead);
       } else {
-        space.now.tokens = 0;
-        pool.append(space.now, pages + p, end - p, h);
+        pool.fill(space.now, pages + p, end - p, h);
       }
-      space.ahead.tokens = 0;
-      pool.append_next(space.ahead, pages + next, next_count, next_head);
+      pool.fill_next(space.ahead, pages + next, next_count, next_head);
       attend_block(st, together, group, D, space, PageMass{});
       pool.done();
     }

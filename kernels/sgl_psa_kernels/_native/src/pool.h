@@ -40,20 +40,17 @@ struct RowPool {
   // Until done() the pages of one block stay where they are; `next` may be prefetched meanwhile.
   void need(const int* /*pages*/, int /*count*/, const int* /*next*/, int /*next_count*/) const {}
   void done() const {}
-  // As append(), of the pages that were `next`.
-  void append_next(Block<T>& b, const int* logical, int count, int kv_head) const {
-    append(b, logical, count, kv_head);
+  // As fill(), of the pages that were `next`.
+  void fill_next(Block<T>& b, const int* logical, int count, int kv_head) const {
+    fill(b, logical, count, kv_head);
   }
-  // Appends the rows of pages[0 .. count), logical pages, of head `kv_head`.
-  void append(Block<T>& b, const int* logical, int count, int kv_head) const {
-    for (int i = 0; i < count; i++) {
-      const int page = logical[i], tokens = tokens_in_page(a.rows, row, page);
-      const T *k_row = k(page, kv_head), *v_row = v(page, kv_head);
-      for (int t = 0; t < tokens; t++, k_row += a.k_token_stride, v_row += a.v_token_stride) {
-        b.k[b.tokens] = k_row;
-        b.v[b.tokens++] = v_row;
-      }
-    }
+  // The rows of pages[0 .. count), logical pages, of head `kv_head`.
+  void fill(Block<T>& b, const int* logical, int count, int kv_head) const {
+    PageRows<T> rows[BLOCK_TOKENS];
+    for (int i = 0; i < count; i++)
+      rows[i] = {k(logical[i], kv_head), v(logical[i], kv_head),
+                 tokens_in_page(a.rows, row, logical[i])};
+    b.fill(rows, count, a.k_token_stride, a.v_token_stride);
   }
 
  private:

@@ -92,8 +92,7 @@ class Progressive {
         fill(space_.now, pages + i, end - i);
         if (!brought && !i) bring();
       }
-      space_.ahead.tokens = 0;
-      pool_.append_next(space_.ahead, next, next_count, head_);
+      pool_.fill_next(space_.ahead, next, next_count, head_);
       attend_block_(st_, 1, group_, dim_, space_, wanted);
       pool_.done();
       tokens_done_ += space_.now.tokens;
@@ -103,8 +102,7 @@ class Progressive {
     pages_done_ += count;
   }
   void fill(Block<T>& b, const int* pages, int count) {
-    b.tokens = 0;
-    pool_.append(b, pages, std::min(step_, count), head_);
+    pool_.fill(b, pages, std::min(step_, count), head_);
   }
   void bring() {
     for (int t = 0; t < std::min(AHEAD_ONE_HEAD, space_.now.tokens); t++)

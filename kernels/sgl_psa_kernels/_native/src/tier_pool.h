@@ -42,12 +42,12 @@ class TierPool {
   }
   void done() { crew_.done(fiber_); }
 
-  void append(Block<T>& b, const int* logical, int count, int kv_head) const {
-    append(b, fiber_.frames, logical, count, kv_head);
+  void fill(Block<T>& b, const int* logical, int count, int kv_head) const {
+    fill(b, fiber_.frames, logical, count, kv_head);
   }
   // Pages that are not there are left out: nothing but prefetches depends on them.
-  void append_next(Block<T>& b, const int* logical, int count, int kv_head) const {
-    append(b, next_, logical, count, kv_head);
+  void fill_next(Block<T>& b, const int* logical, int count, int kv_head) const {
+    fill(b, next_, logical, count, kv_head);
   }
 
  private:
@@ -63,17 +63,17 @@ class TierPool {
     list(pages, logical, count);
     crew_.expect(pages);
   }
-  void append(Block<T>& b, const int* frames, const int* logical, int count, int kv_head) const {
+  void fill(Block<T>& b, const int* frames, const int* logical, int count, int kv_head) const {
     const int D = a_.rows.head_dim;
+    PageRows<T> rows[BLOCK_TOKENS];
+    int there = 0;
     for (int i = 0; i < count; i++) {
       if (frames[i] < 0) continue;
       const T* k = reinterpret_cast<const T*>(crew_.keys(frames[i])) + kv_head * k_head_stride();
       const T* v = reinterpret_cast<const T*>(crew_.values(frames[i])) + kv_head * v_head_stride();
-      for (int t = 0; t < tokens_in_page(a_.rows, row_, logical[i]); t++) {
-        b.k[b.tokens] = k + t * D;
-        b.v[b.tokens++] = v + t * D;
-      }
+      rows[there++] = {k, v, tokens_in_page(a_.rows, row_, logical[i])};
     }
+    b.fill(rows, there, D, D);
   }
 
   const PsaDecodeArgs& a_;
