@@ -1,6 +1,7 @@
 """Building, caching, choosing and loading the native library."""
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -148,3 +149,12 @@ def test_argument_structs_match_the_library() -> None:
     assert len(set(sizes)) > 1
     assert library.psa_struct_size(len(abi.FUNCTIONS)) == -1
     assert library.psa_abi_version() == abi.ABI_VERSION
+
+
+def test_the_compiler_keeps_prefetches(tmp_path: Path) -> None:
+    """GCC takes functions that do nothing but prefetch for ones without effect."""
+    source, output = build.SOURCE_DIR / "sketch_score.cpp", tmp_path / "sketch_score.s"
+    flags = [*build.COMMON_FLAGS, *isa.ISAS[-1].compiler_flags]
+    command = [*build.compiler(), *flags, "-S", str(source), "-o", str(output)]
+    subprocess.run(command, check=True)
+    assert re.search(r"\b(prefetch|prfm)", output.read_text())

@@ -114,7 +114,7 @@ struct BlockSpace {
 };
 
 template <class T>
-__attribute__((always_inline)) inline void prefetch_row(const T* row, int dim) {
+inline void prefetch_row(const T* row, int dim) {
   prefetch_range(row, dim * (int)sizeof(T));
 }
 

@@ -118,13 +118,15 @@ __attribute__((always_inline)) inline void unrolled(Fn f) {
   unrolled(f, std::make_integer_sequence<int, N>{});
 }
 
-// Inlined by force: GCC drops calls of functions that do nothing but prefetch.
-__attribute__((always_inline)) inline void prefetch_l2(const void* p) {
+// The empty statement has no use but to count as an effect: GCC drops calls of functions that do
+// nothing else than prefetch.
+inline void prefetch_l2(const void* p) {
   __builtin_prefetch(p, 0, 2);
+  asm volatile("");
 }
 
 // bytes at p to L2, one request per cache line
-__attribute__((always_inline)) inline void prefetch_range(const void* p, int64_t bytes) {
+inline void prefetch_range(const void* p, int64_t bytes) {
   const char* c = static_cast<const char*>(p);
   for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(c + i);
 }

@@ -8,7 +8,7 @@
 namespace psa {
 namespace {
 
-constexpr int PAGES_AHEAD = 6, AHEAD = 32;  // pages, or candidates, between prefetch and use
+constexpr int PAGES_AHEAD = 2, AHEAD = 32;  // pages, or candidates, between prefetch and use
 constexpr int STRIP_PAGES = 16;  // whose results are written together
 
 struct Item {
