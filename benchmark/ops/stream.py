@@ -52,6 +52,10 @@ def _library() -> ctypes.CDLL:
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int
     ]  # fmt: skip
     library.prefetch_rows.restype = ctypes.c_float
+    library.read_rows.argtypes = [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64
+    ]  # fmt: skip
+    library.read_rows.restype = ctypes.c_uint64
     return library
 
 
@@ -78,3 +82,17 @@ def prefetch_rows(
         products: 64 products of 16 floats a row, in registers.
     """
     _library().prefetch_rows(memory.data_ptr(), rows.data_ptr(), len(rows), prefetch, products)
+
+
+def read_rows(memory: torch.Tensor, rows: torch.Tensor, *, ahead: int) -> int:
+    """Read rows of 256 bytes, in the order of the list, in one thread.
+
+    Args:
+        memory: contiguous CPU tensor that begins at a cache line; rows: int64 [N], where in its
+            bytes each row begins, at a line.
+        ahead: rows between the request of one, to the second-level cache, and its reading.
+
+    Returns:
+        The exclusive or of their 8-byte words.
+    """
+    return int(_library().read_rows(memory.data_ptr(), rows.data_ptr(), len(rows), ahead))

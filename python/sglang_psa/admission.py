@@ -77,7 +77,7 @@ class SchedulerAdmission:
         backend = state.get_backend()
         dense_tokens = backend.wrapper.min_context if backend is not None else 0
         self.admission = Admission(
-            tier.sizes.num_frames,
+            tier.sizes.num_frames - tier.tier.set_aside,
             tier.sizes.num_layers,
             forced_pages=config.sink_pages + config.recent_pages,
             dense_pages=-(-dense_tokens // self.page_size),

@@ -15,6 +15,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from sgl_psa_kernels.prefill_attention import faster_in_short_products
 from sgl_psa_kernels.rms_norm import rms_norm
 from sgl_psa_kernels.rope import rope
 from sgl_psa_kernels.silu_and_mul import silu_and_mul
@@ -213,7 +214,9 @@ def install(model: Any) -> dict[str, int]:
             _replace_forward(module, activate)
             counts["activation"] += 1
     for dtype in {parameter.dtype for parameter in model.parameters()}:
-        faster_in_float32(dtype)  # measured now, not by the first request
+        # Measured now, not by the first request.
+        faster_in_float32(dtype)
+        faster_in_short_products(dtype)
     logger.info("psa CPU layers: %s", ", ".join(f"{n} {name}" for name, n in counts.items()))
     return counts
 

@@ -92,7 +92,7 @@ class Admission:
     ) -> None:
         """
         Args:
-            num_frames: of the arena.
+            num_frames: of the arena, those set aside for pages that are not full apart.
             num_layers: frames that one logical page takes at most.
             forced_pages: pages that every decode step attends, sink and recent ones.
             dense_pages: requests of fewer pages are decoded densely.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import assert_rounded
 from sgl_psa_kernels import prefill_attention
-from sgl_psa_kernels.prefill_attention import cpu, prefill, prefill_blocks
+from sgl_psa_kernels.prefill_attention import cpu, prefill, prefill_blocks, short_products
 from sgl_psa_kernels.wide_products import MIN_ROWS, faster_in_float32
 
 
@@ -107,6 +107,7 @@ def test_16_bit_input_computed_in_float32_is_rounded_once(
     monkeypatch: pytest.MonkeyPatch, prefix: int, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(cpu, "faster_in_float32", lambda dtype: dtype != torch.float32)
+    monkeypatch.setattr(cpu, "faster_in_short_products", lambda dtype: False)
     monkeypatch.setattr(prefill_attention, "BLOCK_TOKENS", 20)
     q, k, v = tensors(MIN_ROWS, prefix, 2, 2, 64, dtype)
     out, lse = run(q, k, v, prefix, "cpu")
@@ -121,14 +122,44 @@ def test_only_16_bit_types_are_candidates_for_float32() -> None:
     assert not faster_in_float32(torch.float64)
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("shape", [(2, 2, 64), (1, 7, 80), (3, 1, 128), (2, 4, 256)], ids=str)
+@pytest.mark.parametrize("prefix", [0, 45, 300])
+@pytest.mark.parametrize("blocks", [(1024, 512), (48, 33)], ids=str)
+def test_short_products_lose_nothing_but_weights(
+    monkeypatch: pytest.MonkeyPatch, prefix: int, shape: tuple, blocks: tuple
+) -> None:
+    monkeypatch.setattr(cpu, "faster_in_short_products", lambda dtype: True)
+    monkeypatch.setattr(prefill_attention, "BLOCK_TOKENS", 200)
+    monkeypatch.setattr(short_products, "ROWS", blocks[0])
+    monkeypatch.setattr(short_products, "KEYS", blocks[1])
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    q, k, v = tensors(MIN_ROWS + 5, prefix, *shape, torch.bfloat16)
+    out, lse = run(q, k, v, prefix, "cpu")
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    want_out, want_lse = exact(q, k, v, prefix)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    # Each weight is off by half a unit of bf16 at most, their sum is not.
+    noise = torch.finfo(torch.bfloat16).eps / 2 * float(v.double().abs().max())
+    assert_rounded(out, want_out, noise, torch.bfloat16)
+
+
+def test_short_products_are_for_bf16_only() -> None:
+    for dtype in (torch.float16, torch.float32):
+        assert not cpu.faster_in_short_products(dtype)
+    torch_alone = cpu._all_seen
+    assert cpu.faster_in_short_products(torch.bfloat16) == short_products.faster_than(torch_alone)
+
+
+@pytest.mark.parametrize("way", ["16 bit", "float32", "short products"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("prefix", [1, 32, 75])
 def test_blocks_through_one_buffer_are_the_whole_prefix_bit_for_bit(
-    monkeypatch: pytest.MonkeyPatch, prefix: int, backend: str, wide: bool
+    monkeypatch: pytest.MonkeyPatch, prefix: int, backend: str, way: str
 ) -> None:
     monkeypatch.setattr(prefill_attention, "BLOCK_TOKENS", 32)
-    monkeypatch.setattr(cpu, "faster_in_float32", lambda dtype: wide)
+    monkeypatch.setattr(cpu, "faster_in_float32", lambda dtype: way == "float32")
+    monkeypatch.setattr(cpu, "faster_in_short_products", lambda dtype: way == "short products")
     q, k, v = tensors(MIN_ROWS, prefix, 2, 2, 64, torch.bfloat16)
     buffers = torch.empty_like(k[:32]), torch.empty_like(v[:32])
 

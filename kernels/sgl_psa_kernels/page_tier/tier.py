@@ -214,6 +214,11 @@ class PageTier(ABC):
             )
             self._set_open_pages(pages)
 
+    @property
+    def set_aside(self) -> int:
+        """Frames that only pages which are not full get."""
+        return 0
+
     @abstractmethod
     def clear(self) -> None:
         """Release all pages."""

@@ -198,6 +198,10 @@ class TritonTier(PageTier):
     def _set_quota(self, frames_per_layer: int) -> None:
         self.traffic.book.set_quota(frames_per_layer)
 
+    @property
+    def set_aside(self) -> int:
+        return 0 if self.traffic.open_pages is None else self.traffic.open_pages.count
+
     def _set_open_pages(self, pages: int) -> None:
         assert self.traffic.open_pages is not None
         self.traffic.settle()

@@ -1,12 +1,19 @@
-"""Two-part prefill attention with torch's flash attention for CPU."""
+"""Two-part prefill attention with torch's flash attention for CPU, or by products of bf16."""
 
 import torch
 
 from sgl_psa_kernels.merge_state.reference import merge_state
+from sgl_psa_kernels.prefill_attention import short_products
 from sgl_psa_kernels.prefill_attention.blocks import Blocks
 from sgl_psa_kernels.wide_products import MIN_ROWS, faster_in_float32
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def faster_in_short_products(dtype: torch.dtype) -> bool:
+    """Whether many rows of this type are better attended by :mod:`short_products`; measured once a
+    process."""
+    return dtype == torch.bfloat16 and short_products.faster_than(_all_seen)
 
 
 def prefill(
@@ -19,19 +26,20 @@ def prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.prefill_attention.prefill`.
 
-    16-bit input is computed in float32 where that is faster; parts are merged in float32.
+    16-bit input is computed in float32 where that is faster, or bfloat16 input by
+    :mod:`short_products`; parts are merged in float32.
     """
     new, num_qo_heads, _ = q.shape
     num_kv_heads = k_chunk.shape[1]
     if new == 0:
         return torch.empty_like(q), torch.empty(0, num_qo_heads)
-    wide = new >= MIN_ROWS and faster_in_float32(q.dtype)
-    work = torch.float32 if wide else q.dtype
-    by_head = q.to(work).unflatten(1, (num_kv_heads, -1))
-    out, lse = _causal(by_head, k_chunk.to(work), v_chunk.to(work), sm_scale)
+    by_head = q.unflatten(1, (num_kv_heads, -1))
+    short = new >= MIN_ROWS and sm_scale > 0 and faster_in_short_products(q.dtype)
+    causal, all_seen = (short_products.causal, short_products.all_seen) if short else _TORCH
+    out, lse = causal(by_head, k_chunk, v_chunk, sm_scale)
     out = out.float()
     for k, v in prefix:
-        part, part_lse = _all_seen(by_head, k.to(work), v.to(work), sm_scale)
+        part, part_lse = all_seen(by_head, k, v, sm_scale)
         out, lse = merge_state(out, lse, part, part_lse)
     return out.reshape(q.shape).to(q.dtype), lse.reshape(new, num_qo_heads).float()
 
@@ -41,6 +49,7 @@ def _causal(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The chunk over itself: out [S, Hkv, G, D] and lse [S, Hkv, G], one call per g of the group
     with the keys and values as they are."""
+    by_head, k, v = _as_computed(by_head, k, v)
     out = torch.empty(by_head.shape, dtype=by_head.dtype)
     lse = torch.empty(by_head.shape[:3])
     k, v = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
@@ -57,9 +66,19 @@ def _all_seen(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys that every query sees: the G query heads of a KV head fold into its query rows, so that
     one call reads each key once for all of them."""
+    by_head, k, v = _as_computed(by_head, k, v)
     new, num_kv_heads, group, dim = by_head.shape
     folded = by_head.permute(1, 2, 0, 3).reshape(1, num_kv_heads, group * new, dim)
     k, v = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
     o, part = _flash(folded, k, v, 0.0, False, scale=sm_scale)
     out = o[0].view(num_kv_heads, group, new, dim).permute(2, 0, 1, 3)
     return out, part[0].reshape(num_kv_heads, group, new).permute(2, 0, 1)
+
+
+def _as_computed(by_head: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """In float32 where torch computes many rows of this type faster so."""
+    wide = len(by_head) >= MIN_ROWS and faster_in_float32(by_head.dtype)
+    return [x.float() if wide else x for x in (by_head, k, v)]
+
+
+_TORCH = (_causal, _all_seen)

@@ -45,7 +45,7 @@ def test_decode_over_tiers_is_decode_over_one(frames: int, rule: dict) -> None:
     assert all(map(torch.equal, got, want))
     assert tiered.wrapper.stats.as_dict() == resident.wrapper.stats.as_dict()
     assert tiered.wrapper.stats.total().pages_attended < tiered.wrapper.stats.total().pages_total
-    assert tier.check() == []
+    assert tier.check() == [] and tier.tier.set_aside == 0
     snapshot = tier.snapshot()
     assert snapshot["loads"] > 0 and snapshot["hits"] > 0 and snapshot["misses"] > 0
     assert (snapshot["evictions"] > 0) == (frames < SETUP.all)
@@ -70,6 +70,7 @@ def test_an_int8_host_answers_alike_from_an_arena_of_any_size() -> None:
         settings = SETUP.config(frames, **rule)
         tiers.append(SETUP.build(settings))
         open_pages.reserve(settings, tiers[-1].tier, 2)
+        assert tiers[-1].tier.set_aside == SETUP.layers * 3
         results.append(played(settings, tiers[-1]))
     (_, large), (requests, small) = results
     assert all(map(torch.equal, large, small))
