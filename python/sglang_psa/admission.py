@@ -66,18 +66,19 @@ class SchedulerAdmission:
         held_back: times that prefill had to wait for the arena.
     """
 
-    def __init__(self, scheduler: Any, tier: Any) -> None:
+    def __init__(self, scheduler: Any, tier: Any, set_aside: int = 0) -> None:
         """
         Args:
             scheduler: SGLang's.
             tier: the pool's ``TieredCache``.
+            set_aside: frames that only pages which are not full get.
         """
         config = psa_config(scheduler.server_args)
         self.page_size: int = scheduler.page_size
         backend = state.get_backend()
         dense_tokens = backend.wrapper.min_context if backend is not None else 0
         self.admission = Admission(
-            tier.sizes.num_frames - tier.tier.set_aside,
+            tier.sizes.num_frames - set_aside,
             tier.sizes.num_layers,
             forced_pages=config.sink_pages + config.recent_pages,
             dense_pages=-(-dense_tokens // self.page_size),
@@ -214,9 +215,10 @@ def start(result: None, scheduler: Any) -> None:
     if tier is None or not uses_psa(scheduler.server_args):
         return
     config = psa_config(scheduler.server_args)
+    set_aside = 0
     if config.host_dtype == "int8":
-        open_pages.reserve(config, tier.tier, scheduler.max_running_requests)
-    _admission = SchedulerAdmission(scheduler, tier)
+        set_aside = open_pages.reserve(config, tier.tier, scheduler.max_running_requests)
+    _admission = SchedulerAdmission(scheduler, tier, set_aside)
     # SGLang's books of a busy pool count requests of both batches, once where these are one.
     scheduler.invariant_checker.get_last_batch = lambda: (
         scheduler.running_batch if is_part(scheduler.last_batch) else scheduler.last_batch

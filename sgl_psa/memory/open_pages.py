@@ -47,8 +47,11 @@ def most(shape: TierShape, max_requests: int) -> int:
     return min(max_requests + PADDING_PAGES, shape.num_pages)
 
 
-def reserve(config: PSAConfig, tier: PageTier, max_requests: int) -> None:
+def reserve(config: PSAConfig, tier: PageTier, max_requests: int) -> int:
     """:func:`check`, and tell the tier, before requests run.
+
+    Returns:
+        The frames that it set aside for such pages.
 
     Raises:
         ConfigError: naming what to change.
@@ -56,3 +59,4 @@ def reserve(config: PSAConfig, tier: PageTier, max_requests: int) -> None:
     check(config, tier.shape, max_requests)
     if tier.shape.int8_host:
         tier.set_open_pages(most(tier.shape, max_requests))
+    return tier.set_aside

@@ -69,8 +69,7 @@ def test_an_int8_host_answers_alike_from_an_arena_of_any_size() -> None:
     for frames in (SETUP.all, FEW):
         settings = SETUP.config(frames, **rule)
         tiers.append(SETUP.build(settings))
-        open_pages.reserve(settings, tiers[-1].tier, 2)
-        assert tiers[-1].tier.set_aside == SETUP.layers * 3
+        assert open_pages.reserve(settings, tiers[-1].tier, 2) == SETUP.layers * 3
         results.append(played(settings, tiers[-1]))
     (_, large), (requests, small) = results
     assert all(map(torch.equal, large, small))
