@@ -265,12 +265,14 @@ def test_paused_requests_are_retracted_first(scheduler):
 def test_more_requests_than_an_int8_host_leaves_frames_for_do_not_start(scheduler):
     shape = TierShape(LAYERS, 99, 50, PAGE, 1, 16, torch.float32, torch.int8)
     told = []
-    scheduler.tier.tier = SimpleNamespace(shape=shape, set_open_pages=told.append)
+    scheduler.tier.tier = SimpleNamespace(shape=shape, set_open_pages=told.append, set_aside=5)
     vars(scheduler.server_args).update(
         psa_host_dtype="int8", psa_device_pool_bytes=1, psa_host_pool_bytes=1
     )
     scheduler.max_running_requests = (50 - shape.minimum_frames) // LAYERS - 1
+    frames = scheduler.tier.sizes.num_frames
     admission.start(None, scheduler)
+    assert admission._admission.admission.num_frames == frames - 5
     assert told == [scheduler.max_running_requests + 1]
     scheduler.max_running_requests += 1
     with pytest.raises(ConfigError, match=r"17 requests .* --max-running-requests to 16 or less"):
