@@ -28,3 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = set(getattr(item, "fixturenames", ()))
         groups = [group for name, group in SHARED.items() if name in fixtures]
         item.add_marker(pytest.mark.xdist_group([*groups, item.path.stem][0]))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fails tests of a group that pytest-xdist's scheduler does not see: it goes by node ids."""
+    grouped = getattr(item.config.option, "loadgroup", False)  # in workers only
+    if grouped and item.get_closest_marker("xdist_group") and "@" not in item.nodeid:
+        pytest.fail(
+            f"pytest {pytest.__version__} keeps pytest-xdist from naming groups, so every worker "
+            "would start every server: install the versions of constraints.txt",
+            pytrace=False,
+        )

@@ -23,8 +23,6 @@ COMMON: dict[str, Any] = {
     "dtype": "float32",
     "context_length": CONTEXT,
     "page_size": PAGE,
-    # Of what is free while other servers start beside this one; pools have sizes of their own.
-    "mem_fraction_static": 0.8,
     "sleep_on_idle": True,
     "log_level": "info",
 }
@@ -127,7 +125,7 @@ def served(logs: Path) -> Iterator[Server]:
 
     ``test_serve_command`` ends it, so modules that use it come before that one.
     """
-    options = ["--sleep-on-idle", "--max-total-tokens", "32768", "--mem-fraction-static", "0.8"]
+    options = ["--sleep-on-idle", "--max-total-tokens", "32768"]
     given = {"SGL_PSA_CPU_OVERLAP": "0"}
     process = Server("serve", options, logs / "serve.log", given, module="sglang_psa.serve")
     with running(process):

@@ -17,7 +17,7 @@ from sglang.srt.utils import MultiprocessingSerializer
 
 from sgl_psa.crossover import CROSSOVER
 from test.server.compare import reads, tokens
-from test.server.conftest import COMMON, flags, running
+from test.server.conftest import flags, running
 from test.server.process import Server, request
 from test.server.prompts import Prompts
 
@@ -58,7 +58,6 @@ def two_ranks(altered: Path, logs: Path) -> Iterator[Server]:
         attention_backend="psa",
         tp_size=2,
         max_total_tokens=32768,
-        mem_fraction_static=COMMON["mem_fraction_static"],
         sleep_on_idle=True,
     )
     with running(Server("two_ranks_bf16", options, logs / "two_ranks_bf16.log")) as process:
