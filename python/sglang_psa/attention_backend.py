@@ -76,7 +76,7 @@ class PSAAttentionBackend(AttentionBackend):
         self.last_step: StepStats | None = None
         self.graphs: DecodeGraphs | None = None
         self._num_qo_heads = layers.query_heads(runner.model)
-        self.prefill = Prefill(self.config, self.pool, self.req_to_token)
+        self.prefill = Prefill(self.pool, self.req_to_token)
         self._layers_left = 0
         self._announced = False
         state.set_backend(self)

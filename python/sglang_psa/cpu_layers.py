@@ -15,7 +15,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from sgl_psa_kernels.prefill_attention import faster_in_short_products
+from sgl_psa_kernels.prefill_attention import faster_in_torch
 from sgl_psa_kernels.rms_norm import rms_norm
 from sgl_psa_kernels.rope import rope
 from sgl_psa_kernels.silu_and_mul import silu_and_mul
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: Types whose matrix products torch does not already run at the speed of the machine.
 SHORT_TYPES = (torch.bfloat16, torch.float16)
+#: Types of activations that the kernels take.
+KERNEL_TYPES = (*SHORT_TYPES, torch.float32)
 #: Calls since start by what ran: the names of kernels, ``wide_linear``, or ``torch`` for input that
 #: none of them takes.
 calls: Counter[str] = Counter()
@@ -213,10 +215,10 @@ def install(model: Any) -> dict[str, int]:
         elif type(module) is SiluAndMul:
             _replace_forward(module, activate)
             counts["activation"] += 1
-    for dtype in {parameter.dtype for parameter in model.parameters()}:
+    for dtype in {parameter.dtype for parameter in model.parameters()}.intersection(KERNEL_TYPES):
         # Measured now, not by the first request.
         faster_in_float32(dtype)
-        faster_in_short_products(dtype)
+        faster_in_torch(dtype)
     logger.info("psa CPU layers: %s", ", ".join(f"{n} {name}" for name, n in counts.items()))
     return counts
 

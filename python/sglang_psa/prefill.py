@@ -10,7 +10,6 @@ import torch
 from sgl_psa_kernels import prefill_attention
 from torch.nn.attention.bias import causal_lower_right
 
-from sgl_psa.config import PSAConfig
 from sglang_psa.kv_pool import PSAKVPool
 
 #: (q [S, Hq, D], k_prefix, v_prefix [Lp, Hkv, D] | None, k, v [S, Hkv, D], sm_scale) -> [S, Hq, D]
@@ -53,15 +52,15 @@ class Prefill:
     elements).
     """
 
-    def __init__(self, config: PSAConfig, pool: PSAKVPool, req_to_token: torch.Tensor) -> None:
+    def __init__(self, pool: PSAKVPool, req_to_token: torch.Tensor) -> None:
         """
         Args:
             req_to_token: int32 [request slots, max context], KV slot of each token.
         """
         self.pool = pool
         self.req_to_token = req_to_token
-        self.backend = kernels(config)
-        self._attention = choose(config, pool.device)
+        self.backend = kernels(pool.kernel_backend)
+        self._attention = choose(pool.kernel_backend, pool.device)
         self._chunks: list[Chunk] = []
         self._attend: Callable[[int, Chunk, Rows], torch.Tensor] = self._from_buffers
         if pool.tier is not None and self._attention is fused:
@@ -142,16 +141,16 @@ class Prefill:
         return out
 
 
-def kernels(config: PSAConfig) -> str:
-    """Implementation of prefill attention on CPUs."""
-    return "reference" if config.backend == "reference" else "cpu"
+def kernels(kernel_backend: str) -> str:
+    """Implementation of prefill attention on CPUs, for the kernels that serve the pool."""
+    return "torch" if kernel_backend == "triton" else kernel_backend
 
 
-def choose(config: PSAConfig, device: torch.device | str) -> Attention:
+def choose(kernel_backend: str, device: torch.device | str) -> Attention:
     """The function for ``device``: two exact parts on CPU, torch's fused attention elsewhere."""
     if torch.device(device).type != "cpu":
         return fused
-    return functools.partial(two_parts, backend=kernels(config))
+    return functools.partial(two_parts, backend=kernels(kernel_backend))
 
 
 def two_parts(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import assert_rounded
 from sgl_psa_kernels import prefill_attention
-from sgl_psa_kernels.prefill_attention import cpu, prefill, prefill_blocks, short_products
+from sgl_psa_kernels.prefill_attention import cpu, prefill, prefill_blocks, torch_flash
 from sgl_psa_kernels.wide_products import MIN_ROWS, faster_in_float32
 
 
@@ -36,6 +36,27 @@ def exact(q, k, v, prefix: int):
     return torch.stack(out), torch.stack(lse)
 
 
+@pytest.fixture(params=["reference", "torch", "cpu"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every backend; "cpu" is the C++ kernel."""
+    monkeypatch.setattr(cpu, "faster_in_torch", lambda dtype: False)
+    return request.param
+
+
+@pytest.fixture
+def kernel(isa: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Backend "cpu" is the C++ kernel, once per instruction set."""
+    monkeypatch.setattr(cpu, "faster_in_torch", lambda dtype: False)
+    return isa
+
+
+def weight_noise(isa: str, dtype: torch.dtype, v: torch.Tensor) -> float:
+    """What the kernel may be off by before its result is rounded: each weight by half a unit of
+    bf16 where the CPU multiplies bf16 numbers, their sum not."""
+    rounded = isa == "avx512bf16" and dtype == torch.bfloat16
+    return 5e-6 + rounded * torch.finfo(dtype).eps / 2 * float(v.double().abs().max())
+
+
 SHAPES = [
     (new, prefix, heads, group, dim)
     for new, heads, group, dim in ((1, 2, 4, 64), (5, 3, 1, 80), (33, 2, 2, 128), (40, 1, 7, 32))
@@ -44,7 +65,7 @@ SHAPES = [
 SHAPES.append((3, 4093, 2, 4, 64))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64_softmax(shape, dtype: torch.dtype, backend: str) -> None:
@@ -63,32 +84,84 @@ def test_matches_float64_softmax(shape, dtype: torch.dtype, backend: str) -> Non
     assert_rounded(out, want_out, noise, dtype)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+#: More rows than a tile has, more keys than are packed together, and head_dims of every padding.
+TILES = [(290, 45, 2, 2, 64), (130, 600, 1, 5, 16), (97, 256, 1, 1, 256), (64, 300, 1, 6, 208)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [*SHAPES, *TILES], ids=str)
+def test_kernel_matches_float64_softmax(shape, dtype: torch.dtype, kernel: str) -> None:
+    new, prefix, *rest = shape
+    q, k, v = tensors(new, prefix, *rest, dtype)
+    out, lse = run(q, k, v, prefix, "cpu")
+    want_out, want_lse = exact(q, k, v, prefix)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    assert_rounded(out, want_out, weight_noise(kernel, dtype, v), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_depend_on_threads_or_other_rows(dtype: torch.dtype, kernel: str) -> None:
+    q, k, v = tensors(290, 45, 2, 2, 64, dtype)
+    out, lse = run(q, k, v, 45, "cpu")
+    torch.set_num_threads(2)
+    try:
+        for a, b in zip(run(q, k, v, 45, "cpu"), (out, lse), strict=True):
+            assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(1)
+    q[100], k[45 + 200] = torch.nan, torch.nan
+    out[100], lse[100] = torch.nan, torch.nan
+    bad_out, bad_lse = run(q, k, v, 45, "cpu")
+    assert torch.equal(bad_out[:200].nan_to_num(), out[:200].nan_to_num())
+    assert torch.equal(bad_lse[:200].nan_to_num(), lse[:200].nan_to_num())
+    assert bad_out[100].isnan().all() and bad_out[200:].isnan().all()
+
+
+@pytest.mark.parametrize("top", [-3e4, 3e4])
+def test_logits_of_any_size(top: float, kernel: str) -> None:
+    """One key has nearly all of the mass, or nearly none, far from zero."""
+    q, k, v = tensors(20, 300, 1, 2, 64, torch.float32)
+    q, k = q / q.norm(dim=2, keepdim=True), k / k.norm(dim=2, keepdim=True)
+    k[150] = q[:, 0].mean(0) * top
+    out, lse = run(q, k, v, 300, "cpu")
+    want_out, want_lse = exact(q, k, v, 300)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), want_out, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("prefix", [1, 16, 45])
-def test_two_parts_equal_one(prefix: int, backend: str) -> None:
+def test_two_parts_equal_one(prefix: int, way: str) -> None:
     q, k, v = tensors(60, 0, 2, 4, 64, torch.float32)
-    out, lse = run(q, k, v, 0, backend)
-    part_out, part_lse = run(q[prefix:], k, v, prefix, backend)
+    out, lse = run(q, k, v, 0, way)
+    part_out, part_lse = run(q[prefix:], k, v, prefix, way)
     torch.testing.assert_close(part_out, out[prefix:], rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(part_lse, lse[prefix:], rtol=1e-6, atol=2e-6)
 
 
-def test_none_and_empty_prefix_are_the_same() -> None:
+def test_none_and_empty_prefix_are_the_same(way: str) -> None:
     q, k, v = tensors(9, 0, 2, 2, 64, torch.float32)
-    for backend in ("reference", "cpu"):
-        without = prefill(q, None, None, k, v, sm_scale=0.11, backend=backend)
-        for a, b in zip(without, run(q, k, v, 0, backend), strict=True):
-            assert torch.equal(a, b)
+    without = prefill(q, None, None, k, v, sm_scale=0.11, backend=way)
+    for a, b in zip(without, run(q, k, v, 0, way), strict=True):
+        assert torch.equal(a, b)
 
 
-def test_strided_inputs() -> None:
-    """Queries and keys as slices of a fused projection."""
+def test_no_rows(way: str) -> None:
+    q, k, v = tensors(0, 9, 2, 2, 64, torch.bfloat16)
+    out, lse = run(q, k, v, 9, way)
+    assert out.shape == (0, 4, 64) and out.dtype == torch.bfloat16 and lse.shape == (0, 4)
+
+
+def test_strided_inputs(way: str) -> None:
+    """Slices of a fused projection, and keys and values whose heads are not contiguous."""
     fused = torch.randn(20, 12, 64)
-    q, k, v = fused[:, :8], fused[:, 8:10], fused[:, 10:]
-    want = prefill(q, None, None, k, v, sm_scale=0.11, backend="reference")
-    got = prefill(q, None, None, k, v, sm_scale=0.11, backend="cpu")
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+    turned = torch.randn(20, 64, 12).transpose(1, 2)
+    for whole in (fused, turned):
+        q, k, v = fused[:, :8], whole[:, 8:10], whole[:, 10:]
+        want = prefill(q, None, None, k, v, sm_scale=0.11, backend="reference")
+        got = prefill(q, None, None, k, v, sm_scale=0.11, backend=way)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
 
 
 def test_mismatched_parts_are_refused() -> None:
@@ -103,14 +176,13 @@ def test_mismatched_parts_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prefix", [0, 45])
-def test_16_bit_input_computed_in_float32_is_rounded_once(
+def test_torch_in_float32_rounds_once(
     monkeypatch: pytest.MonkeyPatch, prefix: int, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(cpu, "faster_in_float32", lambda dtype: dtype != torch.float32)
-    monkeypatch.setattr(cpu, "faster_in_short_products", lambda dtype: False)
+    monkeypatch.setattr(torch_flash, "faster_in_float32", lambda dtype: dtype != torch.float32)
     monkeypatch.setattr(prefill_attention, "BLOCK_TOKENS", 20)
     q, k, v = tensors(MIN_ROWS, prefix, 2, 2, 64, dtype)
-    out, lse = run(q, k, v, prefix, "cpu")
+    out, lse = run(q, k, v, prefix, "torch")
     want_out, want_lse = exact(q, k, v, prefix)
     assert out.dtype == dtype and lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
@@ -122,44 +194,39 @@ def test_only_16_bit_types_are_candidates_for_float32() -> None:
     assert not faster_in_float32(torch.float64)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 64), (1, 7, 80), (3, 1, 128), (2, 4, 256)], ids=str)
-@pytest.mark.parametrize("prefix", [0, 45, 300])
-@pytest.mark.parametrize("blocks", [(1024, 512), (48, 33)], ids=str)
-def test_short_products_lose_nothing_but_weights(
-    monkeypatch: pytest.MonkeyPatch, prefix: int, shape: tuple, blocks: tuple
-) -> None:
-    monkeypatch.setattr(cpu, "faster_in_short_products", lambda dtype: True)
-    monkeypatch.setattr(prefill_attention, "BLOCK_TOKENS", 200)
-    monkeypatch.setattr(short_products, "ROWS", blocks[0])
-    monkeypatch.setattr(short_products, "KEYS", blocks[1])
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    q, k, v = tensors(MIN_ROWS + 5, prefix, *shape, torch.bfloat16)
-    out, lse = run(q, k, v, prefix, "cpu")
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
-    want_out, want_lse = exact(q, k, v, prefix)
-    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
-    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
-    # Each weight is off by half a unit of bf16 at most, their sum is not.
-    noise = torch.finfo(torch.bfloat16).eps / 2 * float(v.double().abs().max())
-    assert_rounded(out, want_out, noise, torch.bfloat16)
+def test_the_faster_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(cpu.time, "perf_counter", lambda: next(clock))
+    taken = []
+
+    def slow(name: str, seconds: int):
+        def attend(*args, **kwargs):
+            taken.append(name)
+            for _ in range(seconds):
+                next(clock)
+
+        return attend
+
+    for seconds, chosen in ((2, "native"), (0, "torch_flash")):
+        monkeypatch.setattr(cpu.native, "prefill", slow("native", 1))
+        monkeypatch.setattr(cpu.torch_flash, "prefill", slow("torch_flash", seconds))
+        cpu.faster_in_torch.cache_clear()
+        cpu.faster_in_torch(torch.float32)
+        taken.clear()
+        cpu.prefill(torch.empty(1, 1, 16), (), *torch.empty(2, 1, 1, 16), sm_scale=1.0)
+        assert taken == [chosen]
+    cpu.faster_in_torch.cache_clear()
 
 
-def test_short_products_are_for_bf16_only() -> None:
-    for dtype in (torch.float16, torch.float32):
-        assert not cpu.faster_in_short_products(dtype)
-    torch_alone = cpu._all_seen
-    assert cpu.faster_in_short_products(torch.bfloat16) == short_products.faster_than(torch_alone)
-
-
-@pytest.mark.parametrize("way", ["16 bit", "float32", "short products"])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("way", ["reference", "torch", "torch in float32", "cpu"])
 @pytest.mark.parametrize("prefix", [1, 32, 75])
 def test_blocks_through_one_buffer_are_the_whole_prefix_bit_for_bit(
-    monkeypatch: pytest.MonkeyPatch, prefix: int, backend: str, way: str
+    monkeypatch: pytest.MonkeyPatch, prefix: int, way: str
 ) -> None:
+    backend, _, wide = way.partition(" in ")
     monkeypatch.setattr(prefill_attention, "BLOCK_TOKENS", 32)
-    monkeypatch.setattr(cpu, "faster_in_float32", lambda dtype: way == "float32")
-    monkeypatch.setattr(cpu, "faster_in_short_products", lambda dtype: way == "short products")
+    monkeypatch.setattr(torch_flash, "faster_in_float32", lambda dtype: bool(wide))
+    monkeypatch.setattr(cpu, "faster_in_torch", lambda dtype: False)
     q, k, v = tensors(MIN_ROWS, prefix, 2, 2, 64, torch.bfloat16)
     buffers = torch.empty_like(k[:32]), torch.empty_like(v[:32])
 

@@ -4,8 +4,6 @@ import pytest
 import torch
 from sglang_psa import prefill
 
-from sgl_psa.config import PSAConfig
-
 
 @pytest.mark.parametrize("prefix", [0, 1, 24])
 @pytest.mark.parametrize("group", [1, 4])
@@ -23,8 +21,8 @@ def test_fused_equals_two_parts(prefix, group):
         torch.testing.assert_close(other, reference, rtol=1e-4, atol=1e-5)
 
 
-def test_choice_follows_device_and_setting():
-    assert prefill.choose(PSAConfig(), "cuda") is prefill.fused
-    assert prefill.choose(PSAConfig(), "cpu").keywords == {"backend": "cpu"}
-    asked = prefill.choose(PSAConfig(backend="reference"), "cpu")
-    assert asked.keywords == {"backend": "reference"}
+def test_choice_follows_device_and_kernels():
+    assert prefill.choose("cpu", "cuda") is prefill.fused
+    for kernels, backend in (("cpu", "cpu"), ("reference", "reference"), ("torch", "torch")):
+        assert prefill.choose(kernels, "cpu").keywords == {"backend": backend}
+    assert prefill.choose("triton", "cpu").keywords == {"backend": "torch"}  # interpreted

@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 
 OK = 0
 BAD_SEQ_LEN = 1
@@ -167,6 +167,18 @@ class KvWriteArgs(ctypes.Structure):
     ]
 
 
+class PrefillArgs(ctypes.Structure):
+    """PsaPrefillArgs."""
+
+    _fields_ = [
+        *_fields(c_int64, "tokens keys q_token q_head k_token k_head v_token v_head"),
+        *_fields(c_int32, "num_kv_heads group head_dim dtype"),
+        *_fields(c_int32, "causal num_threads error_index"),
+        *_fields(c_float, "sm_scale"),
+        *_fields(c_void_p, "q k v out lse"),
+    ]
+
+
 class TierError(ctypes.Structure):
     """PsaTierError."""
 
@@ -242,4 +254,5 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "psa_tier_control": TierControlArgs,
     "psa_silu_and_mul": SiluAndMulArgs,
     "psa_kv_write": KvWriteArgs,
+    "psa_prefill": PrefillArgs,
 }

@@ -35,8 +35,12 @@ _AVX512_CPU = _AVX2_CPU | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _VNNI = (*_AVX512, "-mavx512vnni")
 _VNNI_CPU = _AVX512_CPU | {"avx512_vnni"}
 
+_VBMI = (*_VNNI, "-mavx512vbmi")
+_VBMI_CPU = _VNNI_CPU | {"avx512vbmi"}
+
 ISAS = (
-    ISA("avx512vbmi", _VNNI_CPU | {"avx512vbmi"}, (*_VNNI, "-mavx512vbmi")),
+    ISA("avx512bf16", _VBMI_CPU | {"avx512_bf16"}, (*_VBMI, "-mavx512bf16")),
+    ISA("avx512vbmi", _VBMI_CPU, _VBMI),
     ISA("avx512vnni", _VNNI_CPU, _VNNI),
     ISA("avx512", _AVX512_CPU, _AVX512),
     ISA("avx2", _AVX2_CPU, _AVX2),

@@ -8,11 +8,15 @@ import torch
 
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
-from sgl_psa_kernels.prefill_attention import blocks, cpu, reference
+from sgl_psa_kernels.prefill_attention import blocks, cpu, reference, torch_flash
 from sgl_psa_kernels.prefill_attention.blocks import BLOCK_TOKENS, Blocks
-from sgl_psa_kernels.prefill_attention.cpu import faster_in_short_products
+from sgl_psa_kernels.prefill_attention.cpu import faster_in_torch
 
-_IMPLEMENTATIONS = {"reference": reference.prefill, "cpu": cpu.prefill}
+_IMPLEMENTATIONS = {
+    "reference": reference.prefill,
+    "torch": torch_flash.prefill,
+    "cpu": cpu.prefill,
+}
 
 
 def prefill(
@@ -32,8 +36,8 @@ def prefill(
         k_prefix, v_prefix: [Lp, Hkv, D] of the dtype of q, or both None when there is no prefix.
         k_chunk, v_chunk: [S, Hkv, D], keys and values of the new tokens.
         sm_scale: softmax scale, usually D ** -0.5.
-        backend: "reference" (plain softmax) or "cpu" (torch's flash attention for CPU, or products
-            in bf16 where the CPU does those faster).
+        backend: "reference" (plain softmax), "torch" (its flash attention for CPUs) or "cpu" (C++,
+            or torch's where that is faster).
 
     Returns:
         out [S, Hq, D] in the dtype of q and lse float32 [S, Hq] (natural log).
@@ -95,4 +99,4 @@ def prefill_blocks(
     return implementation(q, prefix, k_chunk, v_chunk, sm_scale=sm_scale)
 
 
-__all__ = ["BLOCK_TOKENS", "faster_in_short_products", "prefill", "prefill_blocks"]
+__all__ = ["BLOCK_TOKENS", "faster_in_torch", "prefill", "prefill_blocks"]

@@ -47,7 +47,8 @@ extern "C" int psa_struct_size(int index) {
                            sizeof(PsaSkinnyLinearArgs), sizeof(PsaTierCreateArgs),
                            sizeof(PsaTierRowsArgs), sizeof(PsaTierRowsArgs),
                            sizeof(PsaTierDecodeArgs), sizeof(PsaTierControlArgs),
-                           sizeof(PsaSiluAndMulArgs), sizeof(PsaKvWriteArgs)};
+                           sizeof(PsaSiluAndMulArgs), sizeof(PsaKvWriteArgs),
+                           sizeof(PsaPrefillArgs)};
   constexpr int count = sizeof(sizes) / sizeof(sizes[0]);
   return index >= 0 && index < count ? sizes[index] : -1;
 }

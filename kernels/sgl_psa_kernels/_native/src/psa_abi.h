@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PSA_ABI_VERSION 9
+#define PSA_ABI_VERSION 10
 #define PSA_SKINNY_ROWS 8 /* most rows of psa_skinny_linear */
 #define PSA_EXPORT __attribute__((visibility("default")))
 
@@ -257,6 +257,18 @@ typedef struct {
   const int64_t *slots; /* [count] */
 } PsaKvWriteArgs;
 
+/* Adds keys to the attention that `out` and `lse` hold; lse -inf: none so far. */
+typedef struct {
+  int64_t tokens, keys, q_token, q_head, k_token, k_head, v_token, v_head;
+  int32_t num_kv_heads, group, head_dim, dtype;
+  int32_t causal, num_threads, error_index; /* causal: token i sees keys 0..i */
+  float sm_scale;
+  const void *q;    /* [tokens, num_kv_heads * group, head_dim] */
+  const void *k, *v; /* [keys, num_kv_heads, head_dim] */
+  float *out;       /* [tokens, num_kv_heads * group, head_dim] */
+  float *lse;       /* [tokens, num_kv_heads * group] */
+} PsaPrefillArgs;
+
 PSA_EXPORT int psa_abi_version(void);
 PSA_EXPORT int psa_struct_size(int index); /* of the args of the functions below, in order */
 PSA_EXPORT const char *psa_isa(void);
@@ -276,6 +288,7 @@ PSA_EXPORT int psa_tier_decode(PsaTierDecodeArgs *args);
 PSA_EXPORT int psa_tier_control(PsaTierControlArgs *args);
 PSA_EXPORT int psa_silu_and_mul(PsaSiluAndMulArgs *args);
 PSA_EXPORT int psa_kv_write(PsaKvWriteArgs *args);
+PSA_EXPORT int psa_prefill(PsaPrefillArgs *args);
 
 #ifdef __cplusplus
 }

@@ -17,7 +17,9 @@ namespace psa {
 constexpr int LANES = 16;
 constexpr int HEAD_BLOCK = 4;  // query heads that share one pass over K or V (register budget)
 #define PSA_WIDTH 512
-#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512BF16__)
+#define PSA_ISA "avx512bf16"
+#elif defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #define PSA_ISA "avx512vbmi"
 #elif defined(__AVX512VNNI__)
 #define PSA_ISA "avx512vnni"
