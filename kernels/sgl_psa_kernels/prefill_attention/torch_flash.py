@@ -64,6 +64,8 @@ def _all_seen(
 
 
 def _as_computed(by_head: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-    """In float32 where torch computes many rows of this type faster so."""
+    """In float32 where torch computes many rows of this type faster so. Its kernel takes the
+    elements of a head to be contiguous."""
     wide = len(by_head) >= MIN_ROWS and faster_in_float32(by_head.dtype)
-    return [x.float() if wide else x for x in (by_head, k, v)]
+    parts = (x if x.stride(-1) == 1 else x.contiguous() for x in (by_head, k, v))
+    return [x.float() if wide else x for x in parts]
