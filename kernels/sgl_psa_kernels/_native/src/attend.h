@@ -8,8 +8,8 @@
 namespace psa {
 
 // Softmax state of G query heads: what was attended so far is sum(p v) = acc, sum(p) = l, with
-// p = exp(logit - m). q is scaled by sm_scale. q and acc hold the elements of a head in the order of
-// load_pair; what does not fill a pair follows in plain order.
+// p = exp(logit - m). q is scaled by sm_scale. q and acc hold the elements of a head in the order
+// of load_pair; what does not fill a pair follows in plain order.
 struct HeadState {
   float *q, *acc, *m, *l;  // [G][D], [G][D], [G], [G]
 
@@ -53,9 +53,9 @@ struct PageRows {
 };
 
 // K and V rows, for the first KV head, of the tokens that are attended together, in the order in
-// which they are read: a row of each page in turn. Pages lie apart, and several places of memory are
-// read at once faster than one after the other. place: where the logit of a row belongs, so that
-// those of a page follow each other.
+// which they are read: a row of each page in turn. Pages lie apart, and several places of memory
+// are read at once faster than one after the other. place: where the logit of a row belongs, so
+// that those of a page follow each other.
 template <class T>
 struct Block {
   const T **k, **v;
@@ -132,9 +132,9 @@ inline void translate(const Block<T>& b, int dim) {
     }
 }
 
-// logits[g][place[0 .. 4)] of four rows for GB heads; DT = head_dim at compile time or 0. Row stride of
-// logits: `pitch`. Meanwhile `next` goes to L2, a little at every step: requests that come in
-// bunches keep the buffers busy that the loads need.
+// logits[g][place[0 .. 4)] of four rows for GB heads; DT = head_dim at compile time or 0. Row
+// stride of logits: `pitch`. Meanwhile `next` goes to L2, a little at every step: requests that
+// come in bunches keep the buffers busy that the loads need.
 template <int GB, int DT, class T>
 inline void dot_four(const T* const (&row)[4], const T* const (&next)[4], const float* q, int dim,
                      const int16_t* place, float* logits, int pitch) {
@@ -169,8 +169,8 @@ inline void dot_four(const T* const (&row)[4], const T* const (&next)[4], const 
   }
 }
 
-// acc[g][d0 .. d0 + NB * LANES) += sum_t weight[g][place[t]] * row[t]; NB is even, or 1 for the last
-// vector. at: offset of the head in the rows. `next` goes to L2.
+// acc[g][d0 .. d0 + NB * LANES) += sum_t weight[g][place[t]] * row[t]; NB is even, or 1 for the
+// last vector. at: offset of the head in the rows. `next` goes to L2.
 template <int GB, int NB, class T>
 inline void add_value_part(const T* const* rows, int64_t at, const T* const* next, int tokens,
                            const int16_t* place, const float* weights, int pitch, float* acc, int D,

@@ -1,5 +1,5 @@
-// Operands of the products of prefill, as the multiplications take them. A word is 32 bits of a row:
-// two bf16 numbers where the CPU multiplies those and sums in float32, else one float.
+// Operands of the products of prefill, as the multiplications take them. A word is 32 bits of a
+// row: two bf16 numbers where the CPU multiplies those and sums in float32, else one float.
 #pragma once
 
 #include <algorithm>
@@ -51,10 +51,14 @@ inline void pack_keys(const T* k, int64_t stride, int64_t count, int64_t dim, ui
   const int64_t steps = words<T>(dim);
   for (int64_t key = 0; key < round_up(count, PANEL); key++) {
     uint32_t* to = out + key / PANEL * steps * PANEL + key % PANEL;
+    if (key >= count) {
+      for (int64_t s = 0; s < steps; s++) to[s * PANEL] = 0;
+      continue;
+    }
     for (int64_t d = 0; d < dim; d += PIECE) {
       const int64_t elements = std::min(PIECE, dim - d);
-      uint32_t piece[PIECE] = {};
-      if (key < count) to_words(k + key * stride + d, elements, piece);
+      uint32_t piece[PIECE];
+      to_words(k + key * stride + d, elements, piece);
       for (int64_t s = 0; s < words<T>(elements); s++, to += PANEL) *to = piece[s];
     }
   }
@@ -66,7 +70,8 @@ inline void pack_values(const T* v, int64_t stride, int64_t count, int64_t dim, 
   const int64_t steps = words<T>(count);
   const auto vector = [&](int64_t key, int64_t d) {
     if (key >= count || d >= dim) return F{};
-    return load_part(v + key * stride + d, std::min<int64_t>(LANES, dim - d));
+    const T* from = v + key * stride + d;
+    return d + LANES <= dim ? load(from) : load_part(from, dim - d);
   };
   for (int64_t d = 0; d < round_up(dim, PANEL); d += LANES) {
     uint32_t* to = out + d / PANEL * steps * PANEL + d % PANEL;
@@ -90,7 +95,8 @@ inline F multiply_add(F sum, U a, U b) {
     return sum + (F)a * (F)b;
 }
 
-// sum[r][v] += row r of a * columns [v * LANES, ...) of a panel; rows of a are `stride` words apart.
+// sum[r][v] += row r of a * columns [v * LANES, ...) of a panel; rows of a are `stride` words
+// apart.
 template <int PER, int VECTORS>
 __attribute__((always_inline)) inline void multiply(const uint32_t* a, int64_t stride,
                                                     const uint32_t* panel, int64_t steps,

@@ -26,7 +26,8 @@ class DecodeCrew {
   // Throws the failure of a task.
   void finish() const;
 
-  // For fibers. heads: KV heads that attend the pages together. need() returns when all pages are in frames, and pins them until done().
+  // For fibers. heads: KV heads that attend the pages together. need() returns when all pages are
+  // in frames, and pins them until done().
   void need(DecodeFiber& fiber, const PageBlock& now, int heads);
   void done(DecodeFiber& fiber);
   // Frames of pages if they are there now, else -1; without pinning them.

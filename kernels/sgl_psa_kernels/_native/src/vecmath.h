@@ -1,4 +1,5 @@
-// exp and log on vectors. Coefficients unless stated otherwise: Cephes expf / logf (S. Moshier); relative error about 2e-7.
+// exp and log on vectors. Coefficients unless stated otherwise: Cephes expf / logf (S. Moshier);
+// relative error about 2e-7.
 #pragma once
 
 #include "simd.h"
