@@ -7,21 +7,21 @@
 namespace psa {
 namespace {
 
-// Keys that are packed together, the rows that share them, and rows whose logits stay in a cache.
+// Keys that are packed together, most rows that share them, and rows whose logits stay in a cache.
 constexpr int64_t KEYS = 256;
-constexpr int64_t ROWS = 384;
+constexpr int64_t ROWS = 768;
 constexpr int64_t PART = 48;
 static_assert(PART % TILE_ROWS == 0 && ROWS % PART == 0 && KEYS % PANEL == 0);
 
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 
-// Rows [begin, end) of a KV head: row r is head r % group of its group, of token r / group.
+// Up to `rows` rows of a KV head: row r is head r % group of its group, of token r / group.
 template <class T>
 class Tile {
  public:
-  Tile(const PsaPrefillArgs& a, int64_t head, int64_t begin, Scratch& scratch)
+  Tile(const PsaPrefillArgs& a, int64_t head, int64_t begin, int64_t rows, Scratch& scratch)
       : a_(a), head_(head), begin_(begin) {
-    count_ = std::min(ROWS, a.tokens * a.group - begin);
+    count_ = std::min(rows, a.tokens * a.group - begin);
     steps_ = words<T>(a.head_dim);
     dim_ = round_up(a.head_dim, LANES);
     const int64_t values = round_up(a.head_dim, PANEL) * words<T>(KEYS);
@@ -40,18 +40,31 @@ class Tile {
   void attend() {
     start();
     const int64_t seen = a_.causal ? token(count_ - 1) + 1 : a_.keys;
-    const T* k = static_cast<const T*>(a_.k) + head_ * a_.k_head;
-    const T* v = static_cast<const T*>(a_.v) + head_ * a_.v_head;
+    const int64_t ahead = (KEYS * PART + count_ - 1) / count_;  // keys, while a part is attended
     for (int64_t first = 0; first < seen; first += KEYS) {
       const int64_t count = std::min(KEYS, seen - first);
-      pack_keys(k + first * a_.k_token, a_.k_token, count, a_.head_dim, keys_);
-      pack_values(v + first * a_.v_token, a_.v_token, count, a_.head_dim, values_);
-      for (int64_t row = 0; row < count_; row += PART) part(row, first, count);
+      pack_keys(key(first), a_.k_token, count, a_.head_dim, keys_);
+      pack_values(value(first), a_.v_token, count, a_.head_dim, values_);
+      int64_t next = first + KEYS;
+      const int64_t last = std::min(seen, next + KEYS);
+      for (int64_t row = 0; row < count_; row += PART) {
+        for (const int64_t end = std::min(last, next + ahead); next < end; next++) {
+          prefetch_range(key(next), a_.head_dim * sizeof(T));
+          prefetch_range(value(next), a_.head_dim * sizeof(T));
+        }
+        part(row, first, count);
+      }
     }
     finish();
   }
 
  private:
+  const T* key(int64_t i) const {
+    return static_cast<const T*>(a_.k) + head_ * a_.k_head + i * a_.k_token;
+  }
+  const T* value(int64_t i) const {
+    return static_cast<const T*>(a_.v) + head_ * a_.v_head + i * a_.v_token;
+  }
   int64_t token(int64_t row) const { return (begin_ + row) / a_.group; }
   int64_t rows_of(int64_t row) const { return std::min(PART, count_ - row); }
   int64_t place(int64_t row) const {  // of its state in the results
@@ -187,9 +200,18 @@ class Tile {
   float *logits_, *sum_, *top_, *total_, *shrink_;
 };
 
+// Rows of a tile: large ones pack keys less often, several for each thread share the work evenly.
+// No row's result depends on it.
+int64_t tile_rows(const PsaPrefillArgs& a) {
+  int64_t rows = ROWS;
+  while (rows > 2 * PART && a.tokens * a.group * a.num_kv_heads < 4 * a.num_threads * rows)
+    rows /= 2;
+  return rows;
+}
+
 template <class T>
 int attend(const PsaPrefillArgs& a) {
-  const int64_t tiles = (a.tokens * a.group + ROWS - 1) / ROWS;
+  const int64_t rows = tile_rows(a), tiles = (a.tokens * a.group + rows - 1) / rows;
   int status = PSA_OK;
 #pragma omp parallel for num_threads(a.num_threads) schedule(dynamic, 1) if (a.num_threads > 1)
   for (int64_t i = 0; i < tiles * a.num_kv_heads; i++) {
@@ -197,7 +219,7 @@ int attend(const PsaPrefillArgs& a) {
     // The last tiles, which see most keys, first.
     const int64_t head = i % a.num_kv_heads, tile = tiles - 1 - i / a.num_kv_heads;
     try {
-      Tile<T>(a, head, tile * ROWS, scratch).attend();
+      Tile<T>(a, head, tile * rows, rows, scratch).attend();
     } catch (const std::bad_alloc&) {
 #pragma omp atomic write
       status = PSA_NO_MEMORY;
