@@ -89,8 +89,8 @@ class Tile {
                q);
       const float before = a_.lse[place(r)];
       top_[r] = before * LOG2_E;
-      total_[r] = before > -INF ? 1.0f : 0.0f;
-      if (before > -INF) std::memcpy(sum, a_.out + place(r) * a_.head_dim, a_.head_dim * 4);
+      total_[r] = before == -INF ? 0.0f : 1.0f;
+      if (total_[r] != 0) std::memcpy(sum, a_.out + place(r) * a_.head_dim, a_.head_dim * 4);
     }
   }
 
@@ -185,7 +185,7 @@ class Tile {
 
   void finish() {
     for (int64_t r = 0; r < count_; r++) {
-      if (!(total_[r] > 0) && total_[r] == total_[r]) continue;  // saw no key
+      if (total_[r] == 0) continue;  // saw no key
       float* out = a_.out + place(r) * a_.head_dim;
       const float* sum = sum_ + r * dim_;
       for (int64_t d = 0; d < a_.head_dim; d++) out[d] = sum[d] / total_[r];
