@@ -238,7 +238,8 @@ def rank_prior(
     monkeypatch: pytest.MonkeyPatch, config: PSAConfig, rank: int, heads: int = HEADS
 ) -> BudgetPrior | None:
     parallel = SimpleNamespace(attn_tp_rank=rank, attn_tp_size=HEADS)
-    monkeypatch.setattr(compat, "get_parallel", lambda: parallel, raising=False)
+    # No attribute stays behind: compat looks its names up by itself.
+    monkeypatch.setitem(vars(compat), "get_parallel", lambda: parallel)
     pool = SimpleNamespace(layer_num=LAYERS, head_num=1, page_size=16)
     model = SimpleNamespace(get_total_num_kv_heads=lambda: heads)
     return prefix_budgets.load_prior(config, pool, SimpleNamespace(model_config=model))

@@ -20,7 +20,7 @@ from test.server.host_files import host_file, schedulers
 from test.server.process import Engine, Server
 from test.server.prompts import Prompts
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("shared servers")]
 
 #: Tokens of the host tier, and bytes of a token: 5 layers, K and V, 2 heads of 128, float32.
 POOL, TOKEN_BYTES = 4096, 5 * 2 * 2 * 128 * 4

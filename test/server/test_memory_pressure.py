@@ -16,7 +16,7 @@ from test.server.conftest import CHUNK, COMMON, PAGE, PSA, flags, running
 from test.server.process import Engine, Server
 from test.server.prompts import Prompts
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("shared servers")]
 
 POOL = 4096
 CONTEXT = 2048

@@ -16,7 +16,7 @@ from test.server.conftest import CHUNK, COMMON, PAGE, PSA, flags, running, tiers
 from test.server.process import Engine, Server
 from test.server.prompts import Prompts
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("shared servers")]
 
 #: Tokens of the host tier; float32.
 POOL = 6144
@@ -143,6 +143,9 @@ def test_aborts_and_flushes_leave_nothing_behind(
 
 
 def test_the_metrics_follow(tiered: Server, prompts: Prompts) -> None:
+    asked = [prompts.recall(1207, seed=3600 + 10 * n).ids for n in range(3)]
+    for ids in (*asked, asked[0]):  # The first one's pages come back from the host.
+        tiered.generate(ids, max_new_tokens=4)
     time.sleep(1.1)  # The series are brought up to date once a second.
     tiered.generate(prompts.recall(700, seed=3700).ids, max_new_tokens=4)
     text = tiered.get("/metrics").text
