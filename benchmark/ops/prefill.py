@@ -60,8 +60,9 @@ def ways(
 def measure(new: int, prefix: int, dtype: str, rounds: int) -> list[dict[str, Any]]:
     """A row for every peer."""
     times: dict[str, list[float]] = {}
+    peers = ways(new, prefix, DTYPES[dtype])
     for _ in range(rounds):
-        for name, run in ways(new, prefix, DTYPES[dtype]).items():
+        for name, run in peers.items():
             begin = time.perf_counter()
             run()
             times.setdefault(name, []).append(time.perf_counter() - begin)

@@ -25,8 +25,10 @@ class Tile {
     steps_ = words<T>(a.head_dim);
     dim_ = round_up(a.head_dim, LANES);
     const int64_t values = round_up(a.head_dim, PANEL) * words<T>(KEYS);
-    scratch.reset(4 * (ROWS * steps_ + KEYS * steps_ + values + PART * KEYS + ROWS * dim_ +
-                       2 * ROWS + PART) + 1024);
+    scratch.reset(Scratch::need<uint32_t>(ROWS * steps_) + Scratch::need<uint32_t>(KEYS * steps_) +
+                  Scratch::need<uint32_t>(values) + Scratch::need<float>(PART * KEYS) +
+                  Scratch::need<float>(ROWS * dim_) + 2 * Scratch::need<float>(ROWS) +
+                  Scratch::need<float>(PART));
     q_ = scratch.take<uint32_t>(ROWS * steps_);
     keys_ = scratch.take<uint32_t>(KEYS * steps_);
     values_ = scratch.take<uint32_t>(values);
