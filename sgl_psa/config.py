@@ -49,7 +49,7 @@ ScorerName = Literal[
     "two_level",
     "exact",
 ]
-BackendName = Literal["auto", "cpu", "torch", "triton", "reference"]
+BackendName = Literal["auto", "cpu", "torch", "triton", "flashinfer", "reference"]
 PlacementName = Literal["demand", "lru", "even"]
 HostDtypeName = Literal["auto", "int8"]
 #: Stands for :data:`sgl_psa.crossover.CROSSOVER` of the kernels in use.
@@ -188,8 +188,8 @@ class PSAConfig:
     backend: Annotated[
         BackendName,
         Meta(
-            description="Kernels: auto, cpu (C++), torch (any device), triton (CUDA) or reference "
-            "(slow).",
+            description="Kernels: auto, cpu (C++), torch (any device), triton (CUDA), flashinfer "
+            "(triton's, with large groups and dense rows by FlashInfer) or reference (slow).",
         ),
     ] = "auto"
     candidate_pages: Annotated[

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from sgl_psa.backends import NEVER_WAITING
 from sgl_psa.config import ConfigError, PSAConfig
 from sgl_psa.decode_step import DecodePlan, StepRecord
 from sgl_psa.policies import POLICIES
@@ -25,9 +26,6 @@ from sgl_psa.rule_table import RuleRows
 from sgl_psa.scorers.base import PageBatch
 from sgl_psa.stats import StepStats
 from sgl_psa.wrapper import PSADecodeWrapper
-
-#: The backend whose kernels never wait for the device.
-BACKEND = "triton"
 
 
 def check_policy(policy: Policy, prefix: str = "") -> None:
@@ -56,10 +54,10 @@ def check(config: PSAConfig, backend: str) -> None:
     Raises:
         ConfigError: naming the setting to change.
     """
-    if backend != BACKEND:
+    if backend not in NEVER_WAITING:
         raise ConfigError(
             f"backend={backend!r}: its kernels wait for the device, which a CUDA graph cannot; "
-            f"use backend {BACKEND}"
+            f"use backend {' or '.join(NEVER_WAITING)}"
         )
     check_policy(POLICIES[config.policy])
     if config.scorer == "exact":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sgl_psa.backends import around
 from sgl_psa.config import PSAConfig
 from sgl_psa.page_values import PageValues
 from sgl_psa.scorers import CacheShape, Scorer, make_scorer
@@ -80,6 +81,7 @@ def make_summaries(
     Raises:
         ValueError: the cache's shape or a setting does not suit the scorer.
     """
+    backend = around(backend)
     values = PageValues(
         ValueMeans(shape, backend) if means or config.compensate else None,
         ValueNorms(shape) if norms or config.stop == "change" else None,

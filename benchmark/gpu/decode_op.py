@@ -5,11 +5,11 @@
         --rounds 1         # without a GPU: it runs; its times mean nothing
 
 Ours: 2-bit sketches, marginal rule, with and without a predicted first group, in groups of 4 and of
-16 pages, and dense, in Triton; the same in batched torch. Peers in the same run, where installed:
-FlashInfer's paged decode, FlashAttention 3, the kernel of SGLang's Triton backend, and torch's SDPA
-on a contiguous copy of the cache. Variants run in turn in every round, the L2 cache is overwritten
-before each, CUDA events time them, medians are kept. What can be captured runs as a CUDA graph; the
-torch backend cannot.
+16 pages, and dense, in Triton; with lists of pages by FlashInfer; and in batched torch. Peers in
+the same run, where installed: FlashInfer's paged decode, FlashAttention 3, the kernel of SGLang's
+Triton backend, and torch's SDPA on a contiguous copy of the cache. Variants run in turn in every
+round, the L2 cache is overwritten before each, CUDA events time them, medians are kept. What can be
+captured runs as a CUDA graph; the torch backend cannot.
 """
 
 from __future__ import annotations
@@ -139,6 +139,15 @@ def variants(
         ),
         "triton psa, predicted": lambda: timer.captured(
             lambda: decode(pool, scores("triton"), "triton", first)
+        ),
+        "flashinfer dense, in rows": lambda: timer.captured(
+            lambda: decode(pool, None, "flashinfer")
+        ),
+        "flashinfer psa, groups of 16": lambda: timer.captured(
+            lambda: decode(pool, scores("triton"), "flashinfer", group=16)
+        ),
+        "flashinfer psa, predicted": lambda: timer.captured(
+            lambda: decode(pool, scores("triton"), "flashinfer", first)
         ),
         "torch psa, no graph": lambda: lambda: decode(pool, scores("torch"), "torch"),
     }

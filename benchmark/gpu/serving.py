@@ -58,6 +58,7 @@ TINY = LLAMA_8B | {
 }
 PSA = {"decode_attention_backend": "psa", "prefill_attention_backend": "fa3"}
 GRAPH = {"psa_backend": "triton", "cuda_graph_backend_decode": "full"}
+FLASHINFER = {"psa_backend": "flashinfer"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "fa3": {"attention_backend": "fa3"},
     "flashinfer": {"attention_backend": "flashinfer"},
@@ -66,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "psa": PSA | GRAPH,
     "psa, groups of 16": PSA | GRAPH | {"psa_group_pages": 16},
     "psa, predicted": PSA | GRAPH | {"psa_predict": True},
+    "psa, groups of 16, flashinfer": PSA | GRAPH | {"psa_group_pages": 16} | FLASHINFER,
     "psa, no graph": PSA | {"psa_backend": "triton"},
 }
 TINY_VARIANTS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sgl_psa_kernels import kv_write
 
-from sgl_psa.backends import resolve_backend
+from sgl_psa.backends import check_cache, resolve_backend
 from sgl_psa.config import PSAConfig
 from sgl_psa.kv_layout import zeros_heads_first
 from sgl_psa.scorers import CacheShape, Scorer
@@ -75,6 +75,7 @@ class PSAKVPool(MHATokenToKVPool):
             device=torch.device(self.device),
         )
         self.kernel_backend = resolve_backend(self._psa_config.backend, self.device)
+        check_cache(self.kernel_backend, self.dtype, self.head_dim)
         self.summaries = make_summaries(self._psa_config, shape, self.kernel_backend)
         self._writes: dict[int, kv_write.PreparedWrite] = {}
         return shape

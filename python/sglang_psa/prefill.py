@@ -10,6 +10,7 @@ import torch
 from sgl_psa_kernels import prefill_attention
 from torch.nn.attention.bias import causal_lower_right
 
+from sgl_psa.backends import around
 from sglang_psa.kv_pool import PSAKVPool
 
 #: (q [S, Hq, D], k_prefix, v_prefix [Lp, Hkv, D] | None, k, v [S, Hkv, D], sm_scale) -> [S, Hq, D]
@@ -143,7 +144,8 @@ class Prefill:
 
 def kernels(kernel_backend: str) -> str:
     """Implementation of prefill attention on CPUs, for the kernels that serve the pool."""
-    return "torch" if kernel_backend == "triton" else kernel_backend
+    name = around(kernel_backend)
+    return "torch" if name == "triton" else name
 
 
 def choose(kernel_backend: str, device: torch.device | str) -> Attention:

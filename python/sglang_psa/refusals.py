@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sgl_psa.backends import NEVER_WAITING
 from sgl_psa.policies import POLICIES
 
 MIN_PAGE, MAX_PAGE = 8, 128
@@ -79,7 +80,8 @@ def decode_graph(args: Any) -> str:
 
 
 def _graph_of_waiting_kernels(args: Any) -> bool:
-    return decode_graph(args) != "disabled" and getattr(args, "psa_backend", None) != "triton"
+    waits = getattr(args, "psa_backend", None) not in NEVER_WAITING
+    return decode_graph(args) != "disabled" and waits
 
 
 def _graph_of_host_choices(args: Any) -> bool:
@@ -105,7 +107,7 @@ def _tiers_on_cuda(args: Any) -> bool:
 
 def _tiers_without_kernels(args: Any) -> bool:
     """Elsewhere than on CUDA; Triton's kernels may be right until the device is known."""
-    wrong = ("torch", "triton") if _device(args) else ("torch",)
+    wrong = ("torch", "flashinfer", "triton") if _device(args) else ("torch", "flashinfer")
     asked = getattr(args, "psa_backend", None)
     return _tiered(args) and (_device(args) not in ("", "cpu", "cuda") or asked in wrong)
 
@@ -197,8 +199,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "decode graph kernels",
         _graph_of_waiting_kernels,
-        "decode CUDA graphs need kernels that never wait for the device: use --psa-backend triton, "
-        "or --cuda-graph-backend-decode disabled",
+        "decode CUDA graphs need kernels that never wait for the device: use --psa-backend triton "
+        "or flashinfer, or --cuda-graph-backend-decode disabled",
     ),
     Refusal(
         "decode graph settings",

@@ -21,6 +21,8 @@ from sgl_psa_kernels.candidate_pages import candidate_pages
 from sgl_psa_kernels.merge_state import merge_state
 from sgl_psa_kernels.page_tier import HostStore, TierShape, TritonTier
 from sgl_psa_kernels.page_tier.triton_state import LIST, MISSED
+from sgl_psa_kernels.progressive_decode import flashinfer_rows
+from sgl_psa_kernels.progressive_decode.flashinfer_rows import Rows, RowShape
 from sgl_psa_kernels.tail_compensation import compensate
 from sgl_psa_kernels.watermark import advance
 from test_progressive_decode import RULES, decode
@@ -49,6 +51,8 @@ def main() -> None:
     for options in ({"first_pages": first}, told, {"group_pages": 16, **told}):
         decode(batch, log_mass, RULES["coverage-.8"], "triton", **options)
     decode(batch, None, RULES["dense"], "triton")
+    flashinfer_rows.planned = unattended
+    decode(batch, log_mass, RULES["coverage-.8"], "flashinfer", group_pages=16, **told)
     for module in (test_key_sketch, test_rotated_sketch):
         module.score(batch, *module.make_sketch(batch, 2, "triton"), 2, "triton")
     for bits in test_page_summary.BITS:
@@ -66,6 +70,14 @@ def main() -> None:
     for host_dtype in (None, torch.int8):
         tier(TierShape(1, 60, 16, 16, 2, 128, BF16, host_dtype))
     filled(TierShape(1, 9, 4, 128, 2, 80, BF16, torch.int8))
+
+
+def unattended(shape: RowShape) -> Rows:
+    """A plan that attends nothing."""
+    results = torch.zeros(shape.rows, shape.group, shape.head_dim), torch.zeros(shape.rows, 4)
+    indices = torch.zeros(shape.rows * shape.pages, dtype=torch.int32)
+    wrapper = SimpleNamespace(run=lambda *_, **__: results)
+    return Rows(wrapper, indices, indices[: shape.rows].clone(), 0)
 
 
 def filled(shape: TierShape) -> TritonTier:

@@ -28,7 +28,7 @@ BATCHES = [[0, 1, 2, -1], [3, -1, -1, -1], [2, 3, 0, 1], [1, 0], [1, 3], [0, -1]
 @pytest.fixture(autouse=True)
 def any_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether kernels wait is no matter here: "torch" takes the place of "triton"."""
-    monkeypatch.setattr(static_plan, "BACKEND", "torch")
+    monkeypatch.setattr(static_plan, "NEVER_WAITING", ("torch",))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ SETTINGS = {"min_context": 0, "recent_pages": 1, "group_pages": 1, "delta": 0.5,
 
 @pytest.fixture(autouse=True)
 def any_backend(monkeypatch):
-    monkeypatch.setattr(static_plan, "BACKEND", "torch")
+    monkeypatch.setattr(static_plan, "NEVER_WAITING", ("torch",))
 
 
 class GraphDriver(Driver):

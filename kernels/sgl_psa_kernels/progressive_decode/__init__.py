@@ -9,7 +9,13 @@ import torch
 
 from sgl_psa_kernels import checks
 from sgl_psa_kernels.backend import choose
-from sgl_psa_kernels.progressive_decode import cpu, reference, torch_batched, triton_backend
+from sgl_psa_kernels.progressive_decode import (
+    cpu,
+    flashinfer_backend,
+    reference,
+    torch_batched,
+    triton_backend,
+)
 from sgl_psa_kernels.progressive_decode.arguments import DecodeArguments
 from sgl_psa_kernels.progressive_decode.modes import (
     CONSERVATIVE,
@@ -25,6 +31,7 @@ _IMPLEMENTATIONS = {
     "torch": torch_batched.progressive_decode,
     "cpu": cpu.progressive_decode,
     "triton": triton_backend.progressive_decode,
+    "flashinfer": flashinfer_backend.progressive_decode,
 }
 
 
@@ -78,7 +85,8 @@ def progressive_decode(
         sm_scale: softmax scale, usually D ** -0.5.
         sink_pages, recent_pages: first and last pages that are always attended, >= 0.
         group_pages: pages per round, >= 1.
-        backend: "reference", "torch" (any device), "cpu" (C++) or "triton" (CUDA).
+        backend: "reference", "torch" (any device), "cpu" (C++), "triton" or "flashinfer" (CUDA;
+            Triton's with lists of pages attended by FlashInfer).
         first_pages: int32 [B, Hkv], the prediction that makes one round enough: the first group
             is as large as it takes to have attended this many pages after it, forced ones
             included, and at least ``group_pages``. None: every group has ``group_pages``.
@@ -99,7 +107,8 @@ def progressive_decode(
         ValueError: unknown backend, bad shapes or dtypes, a mode outside of 0..3, a row with rule
             but no ``log_mass``, sequences longer than the page table, page numbers outside of the
             pool.
-        RuntimeError: backend "cpu" without a usable native library, "triton" without a CUDA device.
+        RuntimeError: backend "cpu" without a usable native library, "triton" or "flashinfer"
+            without a CUDA device, "flashinfer" without FlashInfer.
     """
     op = "progressive_decode"
     implementation = choose(backend, _IMPLEMENTATIONS, op)

@@ -11,6 +11,8 @@ small: predict the first group there, or make groups larger.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from sgl_psa_kernels.progressive_decode.modes import NUM_STATS
@@ -34,6 +36,19 @@ WIDE_ROUNDS = 2
 #: Pages that are put in order at a time, and looked at at a time.
 WINDOW = 256
 STEP = 64
+
+
+class SharedLists(Protocol):
+    """Attends the ends of lists of pages in place of the kernels here."""
+
+    def take(self, listed: torch.Tensor, counts: torch.Tensor, forced: bool) -> torch.Tensor:
+        """Take from ``listed`` [R, M], the first ``counts`` int32 [R] pages of each; returns how
+        many of the first ones are left, 0 <= left <= counts."""
+
+    def merge(
+        self, counts: torch.Tensor, left: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        """Merge the attention of what was taken into out float32 [R, G, D] and lse [R, G]."""
 
 
 def tile_pages(page_size: int, tokens: int) -> dict[str, int]:
@@ -65,6 +80,7 @@ def progressive_decode(
     residuals: torch.Tensor | None = None,
     place: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
+    shared: SharedLists | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See :func:`sgl_psa_kernels.progressive_decode.progressive_decode`.
 
@@ -78,6 +94,7 @@ def progressive_decode(
             [any, Hkv, page_size, D] views of keys and values of records that lie one by one.
         codes: None, or int8, the bytes of all of them: pages that begin elsewhere are then records
             of ``page_tier/codec.py``.
+        shared: None, or what attends a part of every list.
         The others: as there.
     """
     op, folder = "progressive_decode", "progressive_decode"
@@ -146,15 +163,18 @@ def progressive_decode(
     started = {"STARTED": estimates and kappa_start is not None}
 
     def attend_chunks(counts: torch.Tensor, forced: bool) -> None:
+        mine = shared.take(listed, counts, forced) if shared else counts
         attend.attend_list[(pairs, turns)](
-            *inputs, mode, log_mass, listed, counts, *parts,
+            *inputs, mode, log_mass, listed, mine, *parts,
             *strides, pages, chunks, sm_scale,
             FORCED=forced, **flags, **wide, **exact, **tile, **limits, **tiered,
         )  # fmt: skip
         attend.merge_chunks[(pairs, group)](
-            mode, counts, *parts, state, lse, latest, seen, chunks,
+            mode, mine, *parts, state, lse, latest, seen, chunks,
             FORCED=forced, **flags, **wide, **limits, PAGES=tile["PAGES"], BLOCK=16,
         )  # fmt: skip
+        if shared:
+            shared.merge(counts, mine, state, lse)
 
     with torch.cuda.device_of(q):
         select.survey[(pairs,)](
