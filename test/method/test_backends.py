@@ -1,8 +1,9 @@
 """Which kernels run, and what is said when those asked for cannot."""
 
 import pytest
+from sgl_psa_kernels.progressive_decode import flashinfer_rows
 
-from sgl_psa.backends import resolve_backend
+from sgl_psa.backends import around, resolve_backend
 from sgl_psa.config import ConfigError
 
 
@@ -15,6 +16,18 @@ def test_triton_is_for_cuda_and_for_the_interpreter(monkeypatch: pytest.MonkeyPa
     assert resolve_backend("triton", "cpu") == "triton"
     with pytest.raises(ConfigError, match="not on mps"):
         resolve_backend("triton", "mps")
+
+
+def test_flashinfer_needs_triton_and_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match=r"backend=flashinfer.*CUDA device"):
+        resolve_backend("flashinfer", "cpu")
+    monkeypatch.setattr(flashinfer_rows, "flashinfer_available", lambda: (True, ""))
+    assert resolve_backend("flashinfer", "cuda") == "flashinfer"
+    assert around("flashinfer") == around("triton") == "triton" and around("cpu") == "cpu"
+    monkeypatch.setattr(flashinfer_rows, "flashinfer_available", lambda: (False, "pip install it"))
+    with pytest.raises(ConfigError, match=r"backend=flashinfer.*pip install it; or use auto"):
+        resolve_backend("flashinfer", "cuda")
 
 
 def test_auto_on_cuda_stays_with_torch() -> None:
