@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from benchmark.panels import save_panels
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -70,21 +72,4 @@ def plot_lines(
     name: str, series: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str
 ) -> Path:
     """Write ``results/NAME.png``: one line a series, both axes logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for label, points in series.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    path = RESULTS / f"{name}.png"
-    figure.savefig(path, dpi=120)
-    return path
+    return save_panels(RESULTS / f"{name}.png", {"": series}, xlabel, ylabel)

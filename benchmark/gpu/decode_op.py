@@ -26,6 +26,7 @@ import torch
 from sgl_psa_kernels.progressive_decode import STAT_NAMES, progressive_decode
 
 from benchmark.common import hardware, spread
+from benchmark.gpu import plot
 from benchmark.gpu.peers import PEERS, Step
 from benchmark.gpu.pool import Pool, Sketch, heat, make_pool, make_sketch, score
 
@@ -243,7 +244,8 @@ def main() -> None:
     timer = Timer(options.device)
     bandwidth = copy_bandwidth(timer, options.rounds)
     print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
-    results = []
+    results: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"hardware": hardware(), "copy_bytes_per_second": bandwidth}
     for page in map(int, options.page_sizes.split(",")):
         for length in map(int, options.lengths.split(",")):
             for batch in map(int, options.batches.split(",")):
@@ -254,9 +256,11 @@ def main() -> None:
                 results.append(measure(length, batch, page, options.rounds, timer, bandwidth))
                 print(table(results[-1]), flush=True)
                 options.out.parent.mkdir(parents=True, exist_ok=True)
-                report = {"hardware": hardware(), "copy_bytes_per_second": bandwidth}
-                options.out.write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
+                report["results"] = results
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(options.out)
+    if results:
+        print(plot.picture(report, options.out))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.common import hardware, spread
+from benchmark.gpu import plot
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -206,6 +207,8 @@ def main() -> None:
                 report["missing"][name] = f"failed, see {log.name}"
             options.out.write_text(json.dumps(report, indent=1) + "\n")
             print(table(name, report), flush=True)
+    if report["results"]:
+        print(plot.picture(report, options.out))
     sys.exit(1 if report["missing"] else 0)
 
 

@@ -23,6 +23,7 @@ from sgl_psa_kernels.prefill_attention import native, torch_flash
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmark.common import integers, write_rows
+from benchmark.panels import save_panels
 
 QUERY_HEADS, KV_HEADS, DIM = 32, 8, 128
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -85,6 +86,15 @@ def measure(new: int, prefix: int, dtype: str, rounds: int) -> list[dict[str, An
     ]
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Speed by context, a panel a dtype."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        points = panels.setdefault(row["dtype"], {}).setdefault(row["backend"], [])
+        points.append((row["context"], row["gflops"]))
+    return save_panels(path, panels, "tokens of context", "GFLOP/s")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--new-tokens", type=int, default=512)
@@ -106,6 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
                     f"{row['ms_median']:9.1f} ms {row['gflops']:5.0f} GFLOP/s "
                     f"{row['vs_torch_native']:6.1f}x torch_native"
                 )
+    print(plot(rows, options.out.with_suffix(".png")))
     print(options.out)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.common import integers, write_rows
+from benchmark.serving import plot
 from benchmark.serving.cases import DEFAULT, FULL, QUICK, Case, model
 from benchmark.serving.rounds import Rounds, rows
 from benchmark.serving.systems import SYSTEMS, System, vllm_missing
@@ -104,6 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
     table = markdown(done)
     (options.out / "bench_serving.md").write_text(table)
     print(f"{table}\n{path}")
+    if done:
+        print(plot.plot(done, path.with_suffix(".png")))
 
 
 def _of_threads(
