@@ -30,6 +30,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contexts", type=integers, default=[4096, 16384, 65536])
     parser.add_argument("--batches", type=integers, default=[1, 4])
     parser.add_argument("--threads", type=integers, default=[1, 2])
+    parser.add_argument(
+        "--in-order",
+        action="store_true",
+        help="a request's pages follow each other, as a server's first ones do; default: scattered",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=list(GROUPS), action="append", help="default: all")
     parser.add_argument("--out", type=Path, default=Path("out"))
@@ -47,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for context in options.contexts:
         for batch in options.batches:
-            s = Setting(context, batch)
+            s = Setting(context, batch, in_order=options.in_order)
             ops = [op for name in options.only or GROUPS for op in GROUPS[name](s)]
             for threads in options.threads:
                 found = measure(s, ops, threads=threads, rounds=options.rounds, flush=flush)

@@ -43,6 +43,7 @@ def row(op: Op, s: Setting, threads: int, ms: float, cpu_ms: float, rounds: int)
         "context": s.context,
         "batch": s.batch,
         "threads": threads,
+        "in_order": s.in_order,
         "ms_median": ms,
         "gbps": gbps,
         "bandwidth_fraction": None,

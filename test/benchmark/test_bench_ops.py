@@ -104,12 +104,15 @@ def test_queries_have_the_mass_where_it_is_said_to_be() -> None:
 
 
 def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys) -> None:
-    small = Setting(1024, 1, HEADS, pool_bytes=1)
-    monkeypatch.setattr(command, "Setting", lambda context, batch: small)
+    small = Setting(1024, 1, HEADS, pool_bytes=1, in_order=True)
+    asked = []
+    monkeypatch.setattr(command, "Setting", lambda *size, **how: asked.append((size, how)) or small)
     monkeypatch.setattr(command, "FLUSH_BYTES", 1 << 16)
-    command.main(["--quick", "--only", "peers", "--only", "scoring", "--out", str(tmp_path)])
+    groups = ["--only", "peers", "--only", "scoring"]
+    command.main(["--quick", "--in-order", *groups, "--out", str(tmp_path)])
+    assert asked == [((4096, 1), {"in_order": True})]
     rows = json.loads((tmp_path / "bench_ops.json").read_text())
-    assert isinstance(rows, list) and all(set(row) >= ROW for row in rows)
+    assert isinstance(rows, list) and all(set(row) >= ROW and row["in_order"] for row in rows)
     assert len(rows) == len(peers.ops(small)) + len(scoring.ops(small))
     assert (tmp_path / "bench_ops.png").stat().st_size > 0
     assert (tmp_path / "bench_ops.md").read_text() == report.markdown(rows)
