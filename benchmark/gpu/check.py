@@ -271,12 +271,11 @@ def flashinfer_checks(
 ) -> Iterator[tuple[str, Shape, Callable[[], float]]]:
     """Those of the lists that FlashInfer attends, where it has kernels."""
     try:
+        if device != "cuda":
+            raise ValueError(f"FlashInfer has no kernels for {device}")
         flashinfer_rows.check("FlashInfer", shape.dtype, shape.dim)
     except (ValueError, RuntimeError) as error:
         print(f"left out for {shape}: {error}", flush=True)
-        return
-    if device != "cuda":
-        print(f"left out for {shape}: FlashInfer has no kernels for {device}", flush=True)
         return
     for name, predicted, group in (
         ("large groups", False, 512 // shape.page),

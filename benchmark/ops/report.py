@@ -37,10 +37,10 @@ def plot(rows: list[Row], path: Path) -> None:
     """Bytes that an op must read against the time it takes, and the machine's bandwidth as a line:
     the nearer to its line, the better the op reads."""
     panels, bounds = {}, {}
+    names = [n for n in dict.fromkeys(r["op"] for r in rows) if n != "stream_read"]
     for threads in sorted({r["threads"] for r in rows}):
         mine = [r for r in rows if r["threads"] == threads]
         title = f"{threads} thread{'s' if threads > 1 else ''}"
-        names = [n for n in dict.fromkeys(r["op"] for r in rows) if n != "stream_read"]
         panels[title] = {
             name: [(r["bytes"], r["ms_median"]) for r in mine if r["op"] == name] for name in names
         }

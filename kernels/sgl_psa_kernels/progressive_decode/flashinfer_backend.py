@@ -60,7 +60,7 @@ def progressive_decode(
     shared = None
     if page_table.shape[1] and len(q):
         share = SHARE if log_mass is not None else 1.0
-        shared = _SharedLists(
+        shared = _FlashInferLists(
             q, k_cache, v_cache, page_table, seq_lens, mode, page_size, sm_scale, share, told
         )
     return triton_backend.progressive_decode(
@@ -106,7 +106,7 @@ def head_pages(k_cache: torch.Tensor, v_cache: torch.Tensor, page_size: int) -> 
     return HeadPages(views[0], views[1], page_step, head_step)
 
 
-class _SharedLists:
+class _FlashInferLists:
     """What :mod:`triton_backend` calls where it attends a list."""
 
     def __init__(
@@ -125,21 +125,19 @@ class _SharedLists:
         self._lists = kernels(_OP, f"{_OP}.triton_lists", q, k_cache, page_table)
         self._pages = head_pages(k_cache, v_cache, page_size)
         self._rule = (mode, seq_lens, page_table)
-        self._told, self._page_size = told, page_size
+        self._told = told
         batch, num_q, dim = q.shape
         self._heads = num_kv = k_cache.shape[1]
-        self._group, self._dim, self._pairs = num_q // num_kv, dim, batch * num_kv
-        each = flashinfer_rows.row_pages(page_size)
-        most = max(1, ROWS // self._pairs)
-        self._rows_each = min(math.ceil(page_table.shape[1] * share / each), most)
-        rows = power_of_two(self._pairs * self._rows_each)
-        shape = RowShape(q.device, q.dtype, rows, self._group, dim, page_size, sm_scale)
-        self._each = each
-        self._planned: Rows = flashinfer_rows.planned(shape)
+        group, self._pairs = num_q // num_kv, batch * num_kv
+        wanted = math.ceil(page_table.shape[1] * share / flashinfer_rows.row_pages(page_size))
+        self._rows_each = min(wanted, max(1, ROWS // self._pairs))
         self._used = self._pairs * self._rows_each
-        self._q = q.new_empty(shape.rows, self._group, dim)
-        mine = self._q[: self._used].view(batch, num_kv, self._rows_each, self._group, dim)
-        mine.copy_(q.unflatten(1, (num_kv, self._group))[:, :, None].expand_as(mine))
+        rows = power_of_two(self._used)
+        self._shape = RowShape(q.device, q.dtype, rows, group, dim, page_size, sm_scale)
+        self._planned: Rows = flashinfer_rows.planned(self._shape)
+        self._q = q.new_empty(rows, group, dim)
+        mine = self._q[: self._used].view(batch, num_kv, self._rows_each, group, dim)
+        mine.copy_(q.unflatten(1, (num_kv, group))[:, :, None].expand_as(mine))
 
     def take(self, listed: torch.Tensor, counts: torch.Tensor, forced: bool) -> torch.Tensor:
         """Give ends of the lists ``listed`` [R, M] of ``counts`` [R] pages to FlashInfer.
@@ -155,8 +153,8 @@ class _SharedLists:
             self._planned.indices, self._planned.last_page_len,
             self._pages.page_step, self._pages.head_step, page_table.stride(0),
             page_table.shape[1], self._rows_each,
-            FORCED=forced, TOLD=self._told, HKV=self._heads, PAGE=self._page_size,
-            PAGES=self._each, PT=power_of_two(self._each),
+            FORCED=forced, TOLD=self._told, HKV=self._heads,
+            PAGE=self._shape.page_size, PAGES=self._shape.pages, PT=power_of_two(self._shape.pages),
         )  # fmt: skip
         return left
 
@@ -165,8 +163,9 @@ class _SharedLists:
     ) -> None:
         """Attend what was taken, and merge it into ``out`` [R, G, D] and ``lse`` [R, G]."""
         row_out, row_lse = self._planned.run(self._q, self._pages.k, self._pages.v)
-        self._lists.merge_rows[(self._pairs, self._group)](
+        group, dim = self._shape.group, self._shape.head_dim
+        self._lists.merge_rows[(self._pairs, group)](
             counts, left, row_out, row_lse, out, lse, self._rows_each,
-            G=self._group, D=self._dim, DT=power_of_two(self._dim, 16), PAGES=self._each,
+            G=group, D=dim, DT=power_of_two(dim, 16), PAGES=self._shape.pages,
             FT=power_of_two(self._rows_each), BLOCK=16,
         )  # fmt: skip
