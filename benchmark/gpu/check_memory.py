@@ -54,12 +54,12 @@ def in_int8(size: Size) -> Size:
 class SlowStreams(Streams):
     """Side work waits for up to some milliseconds first."""
 
-    def aside(self, work: Callable[[], None]) -> Event:
+    def aside(self, work: Callable[[], None], *used: torch.Tensor) -> Event:
         def late() -> None:
             torch.cuda._sleep(random.choice((0, 0, 10**5, 10**7)))
             work()
 
-        return super().aside(late)
+        return super().aside(late, *used)
 
 
 class Trace:

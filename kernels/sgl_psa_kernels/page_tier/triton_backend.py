@@ -4,7 +4,7 @@ Frames lie on the device, records of all pages in pinned memory that kernels add
 table on the device says where each page's record begins, in a frame or on the host, and the kernels
 of progressive decode read it from there: a page without frame is read through the link, and comes
 to a frame afterwards. Writes go to the host always and to the frame if there is one, so a frame can
-be given up at any time. Over an int8 host, whose records only full pages have, others are in frames
+be given up at any time; those of a prompt on a side stream, while the next layer computes. Over an int8 host, whose records only full pages have, others are in frames
 that the device hands out itself (`triton_open_pages.py`).
 
 A step later than it was attended, the host learns what had no frame (`triton_state.py`), chooses
@@ -12,6 +12,9 @@ frames (`triton_frames.py`) and has it copied on a side stream (`triton_traffic.
 """
 
 from __future__ import annotations
+
+import functools
+from types import ModuleType
 
 import torch
 
@@ -94,11 +97,18 @@ class TritonTier(PageTier):
 
     def _write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         module = kernels(OP, "page_tier.triton_kernels", slots, k, v, self.places[layer])
-        self.traffic.settle()
+        self.traffic.settle(layer)
         self._tokens_written += len(slots)
-        if self.traffic.open_pages is not None:
-            self.traffic.open_pages.write(layer, slots, k, v)
-            return
+        open_pages = self.traffic.open_pages
+        if open_pages is not None:
+            store = functools.partial(open_pages.write, layer, slots, k, v)
+        else:
+            store = functools.partial(self._store, module, layer, slots, k, v)
+        self.traffic.writes.begin(layer, store, slots, k, v)
+
+    def _store(
+        self, module: ModuleType, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
         heads, size, dim = self.shape.page_shape
         with torch.cuda.device_of(k):
             module.store[(len(slots),)](
@@ -111,7 +121,7 @@ class TritonTier(PageTier):
     def _gather(
         self, layer: int, pages: torch.Tensor, tokens: int, k_out: torch.Tensor, v_out: torch.Tensor
     ) -> None:
-        self.traffic.settle()
+        self.traffic.settle(layer)
         heads, size, dim = self.shape.page_shape
         count = -(-tokens // size)
         if pages.device.type == "cpu":
@@ -129,7 +139,7 @@ class TritonTier(PageTier):
     def _decode(
         self, layer: int, step: int, arguments: DecodeArguments, stats: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        self.traffic.settle()
+        self.traffic.settle(layer)
         if step != self._step:
             if self._streams.capturing():
                 raise RuntimeError(

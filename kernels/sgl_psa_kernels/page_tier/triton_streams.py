@@ -41,9 +41,11 @@ class Streams:
         """A copy of a CPU tensor on the device; does not wait."""
         return values.pin_memory().to(self.device, non_blocking=True)
 
-    def aside(self, work: Callable[[], None]) -> Event:
+    def aside(self, work: Callable[[], None], *used: torch.Tensor) -> Event:
         """Do ``work`` on the side stream, behind all that the current stream has been told so far;
-        returns the event of its end."""
+        returns the event of its end. Tensors ``used`` keep their memory until then."""
+        for tensor in used:
+            tensor.record_stream(self._side)
         told, done = torch.cuda.Event(), torch.cuda.Event()
         told.record(torch.cuda.current_stream(self.device))
         self._side.wait_event(told)
@@ -51,6 +53,11 @@ class Streams:
             work()
         done.record(self._side)
         return done
+
+    def wait(self, event: Event) -> None:
+        """What the current stream is told from now on comes after ``event``; the host goes on."""
+        assert isinstance(event, torch.cuda.Event)
+        torch.cuda.current_stream(self.device).wait_event(event)
 
     def capturing(self) -> bool:
         """Whether the current stream is being captured in a CUDA graph."""
@@ -109,9 +116,12 @@ class Inline:
     def upload(self, values: torch.Tensor) -> torch.Tensor:
         return values.clone()
 
-    def aside(self, work: Callable[[], None]) -> Event:
+    def aside(self, work: Callable[[], None], *used: torch.Tensor) -> Event:
         work()
         return _Passed()
+
+    def wait(self, event: Event) -> None:
+        event.synchronize()
 
     def capturing(self) -> bool:
         return False

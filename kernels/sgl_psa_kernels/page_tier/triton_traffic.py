@@ -6,6 +6,8 @@ The order of events, all on the caller's stream but the copy:
 2. Behind that point, the copy overwrites the frames. Nothing on the caller's stream reads them.
 3. Once the host sees that the copy has ended, the places of the new pages are set to the frames.
 
+Writes of prompts go beside, too (``triton_writes.py``); places change only behind them.
+
 A page that was not full may be written during such a copy: it is copied on the caller's stream.
 Under an int8 host it is never copied (``triton_open_pages.py``).
 """
@@ -23,6 +25,7 @@ from sgl_psa_kernels.page_tier.triton_open_pages import OpenPages
 from sgl_psa_kernels.page_tier.triton_places import Places
 from sgl_psa_kernels.page_tier.triton_state import DeviceState, Seen
 from sgl_psa_kernels.page_tier.triton_streams import Event, Inline, Streams
+from sgl_psa_kernels.page_tier.triton_writes import Writes
 
 
 class Traffic:
@@ -30,6 +33,7 @@ class Traffic:
 
     Attributes:
         book: who has which frame.
+        writes: those under way.
         open_pages: those of an int8 host, or None.
         hits, through: (row, KV head) pairs that attended pages in frames, and on the host.
         loads: pages brought to frames.
@@ -48,6 +52,7 @@ class Traffic:
         self._shape, self._tables, self._places = shape, tables, places
         self._state, self._streams, self._pipeline = state, streams, pipeline
         self.book = FrameBook(shape, tables)
+        self.writes = Writes(streams)
         self.hits = self.through = self.loads = 0
         self.open_pages: OpenPages | None = None
         self.failure: str | None = None
@@ -67,8 +72,10 @@ class Traffic:
         self._state.told[:, :, pages] = 0
         self._gone.append(pages)
 
-    def settle(self) -> None:
-        """Tell the device of pages that were released."""
+    def settle(self, layer: int | None = None) -> None:
+        """What the device is told next of ``layer``, or of any, comes after its writes, and after
+        it knows of pages that were released."""
+        self.writes.settle(None if self._gone else layer)
         if not self._gone:
             return
         gone = torch.cat(self._gone).unique()
@@ -88,6 +95,7 @@ class Traffic:
 
     def begin(self) -> None:
         """Between two steps: pages whose copies have ended, and those that are to come."""
+        self.writes.settle()
         if self._look is not None and not self._pipeline:
             self._look.synchronize()
         self._adopt()

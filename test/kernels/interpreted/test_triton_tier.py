@@ -11,6 +11,7 @@ import pytest
 import torch
 from sgl_psa_kernels.page_tier import HostStore, TierShape, TritonTier, codec
 from sgl_psa_kernels.page_tier import shape as tier_shape
+from sgl_psa_kernels.page_tier import triton_writes
 from sgl_psa_kernels.page_tier.triton_streams import Inline
 from sgl_psa_kernels.progressive_decode import progressive_decode
 from sgl_psa_kernels.progressive_decode import triton_backend as decode_backend
@@ -34,7 +35,8 @@ class Late:
         return self.passed
 
     def synchronize(self) -> None:
-        self._streams.run()
+        while not self.passed:
+            self._streams.run(1)
 
 
 class LateStreams(Inline):
@@ -43,10 +45,14 @@ class LateStreams(Inline):
     def __init__(self) -> None:
         self._told = []
 
-    def aside(self, work):
+    def aside(self, work, *used):
         event = Late(self)
         self._told.append((work, event))
         return event
+
+    @property
+    def waiting(self) -> int:
+        return len(self._told)
 
     def run(self, count: int = 10**9) -> None:
         while self._told and count > 0:
@@ -319,11 +325,52 @@ def test_a_page_that_began_anew_is_not_brought_as_what_it_was(attention) -> None
     assert pool.tier.counters().loads == 2
 
 
+@pytest.mark.parametrize("host_dtype", [None, torch.int8])
+def test_a_prompt_is_written_beside_the_layers_that_follow(
+    host_dtype, attention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing waits for it but what reads, writes or moves the same pages."""
+    monkeypatch.setattr(triton_writes, "BESIDE_TOKENS", 8)
+    streams = LateStreams()
+    pool = make_pool(SHAPE._replace(host_dtype=host_dtype), streams=streams)
+    pages = torch.arange(1, 8)
+    slots = pool.slots(pages)
+    for layer in range(2):
+        pool.write(layer, slots[:30])
+        assert streams.waiting == layer + 1
+    # The prompt goes on: the first chunk is read, the second one written.
+    assert torch.equal(pool.gather(0, pages, 30), pool.truth(0, pages, 30))
+    assert streams.waiting == 1
+    for layer in range(2):
+        pool.write(layer, slots[30:46])
+    assert streams.waiting == 2  # In order: that of layer 1 has run.
+    pool.write(0, slots[46:47])
+    assert streams.waiting == 1
+    pool.write(1, slots[46:47])
+    for layer in range(2):
+        pool.write(layer, slots[47:])
+    attention.decode(pool, 0, 1, [(pages.tolist(), 56)])
+    assert streams.waiting == 0  # A step begins, and places may change in every layer.
+    attention.decode(pool, 1, 1, [(pages.tolist(), 56)])
+    assert torch.equal(pool.gather(1, pages, 56), pool.truth(1, pages, 56))
+    # Another request gets pages whose first tokens are still being written.
+    for layer in range(2):
+        pool.write(layer, pool.slots(torch.tensor([9])))
+    pool.tier.release(torch.tensor([9]))
+    for layer in range(2):
+        pool.write(layer, torch.tensor([72]))
+        pool.tier.traffic.settle()
+        assert pool.tier.state.pages[0, :, 9].tolist() == [1, layer]
+    assert pool.tier.check() == []
+
+
 @pytest.mark.parametrize(("seed", "host_dtype"), [(0, None), (1, None), (2, None), (0, torch.int8)])
 def test_random_requests_with_copies_that_end_at_any_time(
     seed: int, host_dtype, attention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests come, share a prefix, grow and go; side work runs at random points in between."""
+    """Requests come, share a prefix, grow and go; side work, writes of more than one token among
+    it, runs at random points in between."""
+    monkeypatch.setattr(triton_writes, "BESIDE_TOKENS", 2)
     monkeypatch.setattr(tier_shape, "BLOCK_TOKENS", 8)  # A small arena: frames change hands.
     shape = TierShape(2, 25, (6, 10, 24)[seed], 8, 1, 16, FP16, host_dtype)
     if shape.int8_host:  # Three requests, a page of each and layer.
