@@ -4,8 +4,9 @@ Frames lie on the device, records of all pages in pinned memory that kernels add
 table on the device says where each page's record begins, in a frame or on the host, and the kernels
 of progressive decode read it from there: a page without frame is read through the link, and comes
 to a frame afterwards. Writes go to the host always and to the frame if there is one, so a frame can
-be given up at any time; those of a prompt on a side stream, while the next layer computes. Over an int8 host, whose records only full pages have, others are in frames
-that the device hands out itself (`triton_open_pages.py`).
+be given up at any time; those of a prompt on a side stream, while the next layer computes. Over an
+int8 host, whose records only full pages have, others are in frames that the device hands out itself
+(`triton_open_pages.py`).
 
 A step later than it was attended, the host learns what had no frame (`triton_state.py`), chooses
 frames (`triton_frames.py`) and has it copied on a side stream (`triton_traffic.py`).

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sgl_psa_kernels.page_tier import HostStore, TierShape, TritonTier, codec
+from sgl_psa_kernels.page_tier import HostStore, TierShape, TritonTier, codec, triton_writes
 from sgl_psa_kernels.page_tier import shape as tier_shape
-from sgl_psa_kernels.page_tier import triton_writes
 from sgl_psa_kernels.page_tier.triton_streams import Inline
 from sgl_psa_kernels.progressive_decode import progressive_decode
 from sgl_psa_kernels.progressive_decode import triton_backend as decode_backend

@@ -54,40 +54,74 @@ struct PageRows {
 
 // K and V rows, for the first KV head, of the tokens that are attended together, in the order in
 // which they are read: a row of each page in turn. Pages lie apart, and several places of memory
-// are read at once faster than one after the other. place: where the logit of a row belongs, so
-// that those of a page follow each other.
+// are read at once faster than one after the other. place: where a token would be if those of a
+// page followed each other.
 template <class T>
 struct Block {
   const T **k, **v;
   int16_t* place;
-  int tokens;
+  int tokens = 0;
+  int pages = 0;       // of the block
+  int page_tokens = 0; // of each of them; 0 if they differ
 
   // k_step, v_step: strides from one token to the next
-  void fill(const PageRows<T>* pages, int count, int64_t k_step, int64_t v_step) {
-    int longest = 0;
-    for (int i = 0; i < count; i++) longest = std::max(longest, pages[i].tokens);
-    tokens = 0;
-    for (int t = 0; t < longest; t++)
-      for (int i = 0, first = 0; i < count; first += pages[i++].tokens)
-        if (t < pages[i].tokens) {
-          k[tokens] = pages[i].k + t * k_step;
-          v[tokens] = pages[i].v + t * v_step;
-          place[tokens++] = (int16_t)(first + t);
+  void fill(const PageRows<T>* from, int count, int64_t k_step, int64_t v_step) {
+    int longest = 0, total = 0;
+    for (int i = 0; i < count; i++) {
+      longest = std::max(longest, from[i].tokens);
+      total += from[i].tokens;
+    }
+    if (total == longest * count)
+      fill_even(from, count, longest, k_step, v_step);
+    else
+      fill_ragged(from, count, longest, k_step, v_step);
+    tokens = total;
+  }
+
+ private:
+  void fill_even(const PageRows<T>* from, int count, int each, int64_t k_step, int64_t v_step) {
+    for (int i = 0; i < count; i++) {
+      const T *k_row = from[i].k, *v_row = from[i].v;
+      for (int t = i; t < count * each; t += count, k_row += k_step, v_row += v_step) {
+        k[t] = k_row;
+        v[t] = v_row;
+      }
+    }
+    if (pages == count && page_tokens == each) return;
+    pages = count;
+    page_tokens = each;
+    for (int t = 0, next = 0; t < each; t++)
+      for (int i = 0; i < count; i++) place[next++] = (int16_t)(i * each + t);
+  }
+  void fill_ragged(const PageRows<T>* from, int count, int longest, int64_t k_step,
+                   int64_t v_step) {
+    pages = count;
+    page_tokens = 0;
+    for (int t = 0, next = 0; t < longest; t++)
+      for (int i = 0, first = 0; i < count; first += from[i++].tokens)
+        if (t < from[i].tokens) {
+          k[next] = from[i].k + t * k_step;
+          v[next] = from[i].v + t * v_step;
+          place[next++] = (int16_t)(first + t);
         }
-    // Logits are computed by fours.
-    for (int t = tokens; t % 4; t++) place[t] = (int16_t)t;
   }
 };
 
 // Tokens whose values are added before the next head's turn: a head alone has no other to wait for.
 constexpr int VALUE_TOKENS_ONE_HEAD = 16, VALUE_TOKENS_ALL_HEADS = 8;
-// Distance in tokens between what is attended and what is brought to L2, first keys, then values,
-// then the next block's keys. A row takes about a tenth of the latency of memory.
-constexpr int AHEAD_ONE_HEAD = 32, AHEAD_ALL_HEADS = 8;
+// Distance in tokens between what is attended and what is brought to a cache, first keys, then
+// values, then the next block's keys. A row takes about a tenth of the latency of memory.
+constexpr int AHEAD_ONE_HEAD = 40, AHEAD_ALL_HEADS = 8;
+// Rows of at most so many bytes have room in L1 when they come so far ahead; longer ones go to L2,
+// as those of a dim of 0 do, which may be any.
+constexpr int NEAR_ROW_BYTES = 256;
+template <int DT, class T>
+constexpr bool IN_L1 = DT != 0 && DT * sizeof(T) <= NEAR_ROW_BYTES;
 
 inline int padded(int tokens) { return (tokens + LANES - 1) / LANES * LANES; }
 
-// Row pointers of a block and results of its tokens for `heads` query heads in all.
+// Row pointers of a block and results of its tokens, in the order of reading, for `heads` query heads
+// in all.
 template <class T>
 struct BlockSpace {
   Block<T> now, ahead;     // ahead: the block that is likely to follow
@@ -96,7 +130,7 @@ struct BlockSpace {
   int pitch;
 
   static size_t bytes(int heads, int tokens) {
-    return 4 * Scratch::need<const T*>(tokens) + 2 * Scratch::need<int16_t>(tokens + 3) +
+    return 4 * Scratch::need<const T*>(tokens) + 2 * Scratch::need<int16_t>(tokens) +
            2 * Scratch::need<float>((size_t)heads * pitch_of(tokens));
   }
   void take(Scratch& s, int heads, int tokens) {
@@ -104,19 +138,14 @@ struct BlockSpace {
     for (Block<T>* b : {&now, &ahead}) {
       b->k = s.take<const T*>(tokens);
       b->v = s.take<const T*>(tokens);
-      b->place = s.take<int16_t>(tokens + 3);
-      b->tokens = 0;
+      b->place = s.take<int16_t>(tokens);
+      b->tokens = b->pages = b->page_tokens = 0;
     }
     logits = s.take<float>((size_t)heads * pitch);
     weights = s.take<float>((size_t)heads * pitch);
   }
   static int pitch_of(int tokens) { return padded(tokens) + 16; }
 };
-
-template <class T>
-inline void prefetch_row(const T* row, int dim) {
-  prefetch_range(row, dim * (int)sizeof(T));
-}
 
 // Has the addresses of a block translated. A prefetch that has to wait for a translation keeps the
 // arithmetic behind it waiting, too; side by side such prefetches wait together. The rows named are
@@ -125,19 +154,21 @@ template <class T>
 inline void translate(const Block<T>& b, int dim) {
   int rows = 1;
   while (2 * rows * dim * (int)sizeof(T) <= 4096) rows *= 2;
-  for (int t = 0; t < b.tokens; t++)
-    if (!(b.place[t] & (rows - 1))) {
+  // One page: its rows follow each other. Several, if even: those of a place follow each other.
+  const int side = b.page_tokens ? b.pages : 1;
+  for (int first = 0; first < b.tokens; first += rows * side)
+    for (int t = first; t < first + side; t++) {
       prefetch_l2(b.k[t]);
       prefetch_l2(b.v[t]);
     }
 }
 
-// logits[g][place[0 .. 4)] of four rows for GB heads; DT = head_dim at compile time or 0. Row
-// stride of logits: `pitch`. Meanwhile `next` goes to L2, a little at every step: requests that
-// come in bunches keep the buffers busy that the loads need.
+// logits[g][0 .. 4) of four rows for GB heads; DT = head_dim at compile time or 0. Row stride of
+// logits: `pitch`. Meanwhile `next` is brought, a little at every step: requests that come in bunches
+// keep the buffers busy that the loads need.
 template <int GB, int DT, class T>
 inline void dot_four(const T* const (&row)[4], const T* const (&next)[4], const float* q, int dim,
-                     const int16_t* place, float* logits, int pitch) {
+                     float* logits, int pitch) {
   const int D = DT ? DT : dim;
   F sum[GB][4] = {};
   int d = 0;
@@ -147,7 +178,7 @@ inline void dot_four(const T* const (&row)[4], const T* const (&next)[4], const 
 #pragma GCC unroll 4
     for (int u = 0; u < 4; u++) {
       key[u] = load_pair(row[u] + d);
-      prefetch_range(next[u] + d, 2 * LANES * (int)sizeof(T));
+      prefetch_range<IN_L1<DT, T>>(next[u] + d, 2 * LANES * (int)sizeof(T));
     }
 #pragma GCC unroll 4
     for (int g = 0; g < GB; g++) {
@@ -163,24 +194,22 @@ inline void dot_four(const T* const (&row)[4], const T* const (&next)[4], const 
       const F key = load(row[u] + d);
       for (int g = 0; g < GB; g++) sum[g][u] += loadu<F>(q + g * D + d) * key;
     }
-  for (int g = 0; g < GB; g++) {
-    const F4 x = hsum4(sum[g][0], sum[g][1], sum[g][2], sum[g][3]);
-    for (int u = 0; u < 4; u++) logits[g * pitch + place[u]] = x[u];
-  }
+  F4 x[GB];
+  hsum4(sum, x);
+  for (int g = 0; g < GB; g++) storeu(logits + g * pitch, x[g]);
 }
 
-// acc[g][d0 .. d0 + NB * LANES) += sum_t weight[g][place[t]] * row[t]; NB is even, or 1 for the
-// last vector. at: offset of the head in the rows. `next` goes to L2.
-template <int GB, int NB, class T>
+// acc[g][d0 .. d0 + NB * LANES) += sum_t weight[g][t] * row[t]; NB is even, or 1 for the
+// last vector. at: offset of the head in the rows. `next` is brought, to L1 if NEAR.
+template <int GB, int NB, bool NEAR, class T>
 inline void add_value_part(const T* const* rows, int64_t at, const T* const* next, int tokens,
-                           const int16_t* place, const float* weights, int pitch, float* acc, int D,
-                           int d0) {
+                           const float* weights, int pitch, float* acc, int D, int d0) {
   F sum[GB][NB];
   for (int g = 0; g < GB; g++)
     for (int j = 0; j < NB; j++) sum[g][j] = loadu<F>(acc + g * D + d0 + j * LANES);
   for (int t = 0; t < tokens; t++) {
     const T* row = rows[t] + at + d0;
-    prefetch_range(next[t] + d0, NB * LANES * (int)sizeof(T));
+    prefetch_range<NEAR>(next[t] + d0, NB * LANES * (int)sizeof(T));
     F value[NB];
     if constexpr (NB == 1)
       value[0] = load(row);
@@ -193,7 +222,7 @@ inline void add_value_part(const T* const* rows, int64_t at, const T* const* nex
       }
 #pragma GCC unroll 4
     for (int g = 0; g < GB; g++) {
-      const F w = set1(weights[g * pitch + place[t]]);
+      const F w = set1(weights[g * pitch + t]);
 #pragma GCC unroll 4
       for (int j = 0; j < NB; j++) sum[g][j] += w * value[j];
     }
@@ -204,17 +233,18 @@ inline void add_value_part(const T* const* rows, int64_t at, const T* const* nex
 
 template <int GB, int DT, class T>
 inline void add_values(const T* const* rows, int64_t at, const T* const* next, int tokens,
-                       const int16_t* place, const float* weights, int pitch, float* acc, int dim) {
+                       const float* weights, int pitch, float* acc, int dim) {
+  constexpr bool NEAR = IN_L1<DT, T>;
   const int D = DT ? DT : dim;
   int d = 0;
   for (; d + 4 * LANES <= D; d += 4 * LANES)
-    add_value_part<GB, 4>(rows, at, next, tokens, place, weights, pitch, acc, D, d);
+    add_value_part<GB, 4, NEAR>(rows, at, next, tokens, weights, pitch, acc, D, d);
   if constexpr (DT == 0 || DT % (4 * LANES) != 0) {
     if (d + 2 * LANES <= D) {
-      add_value_part<GB, 2>(rows, at, next, tokens, place, weights, pitch, acc, D, d);
+      add_value_part<GB, 2, NEAR>(rows, at, next, tokens, weights, pitch, acc, D, d);
       d += 2 * LANES;
     }
-    if (d < D) add_value_part<GB, 1>(rows, at, next, tokens, place, weights, pitch, acc, D, d);
+    if (d < D) add_value_part<GB, 1, NEAR>(rows, at, next, tokens, weights, pitch, acc, D, d);
   }
 }
 
@@ -260,46 +290,37 @@ inline void soften(HeadState& st, int g, int dim, float* logits, float* weights,
   for (int i = 0; i < GB; i++) st.l[g + i] += total[i];
 }
 
-// Sum of x[t .. t + count), f applied to each vector; lanes behind the end are left out.
-template <class Fn>
-inline float sum_of(const float* x, int count, Fn f) {
-  F sum{};
-  int t = 0;
-  for (; t + LANES <= count; t += LANES) sum += f(loadu<F>(x + t));
-  if (t < count) {
-    const F last = f(loadu<F>(x + t));
-    float tail = 0;
-    for (int i = 0; t + i < count; i++) tail += last[i];
-    sum[0] += tail;
+// The log mass of a page of a block, by its logits. place / page_size: page of a token.
+template <class T>
+inline float faint_page(const Block<T>& b, int page, const float* logits, int page_size) {
+  float top = -INF, sum = 0;
+  for (int t = 0; t < b.tokens; t++)
+    if (b.place[t] / page_size == page) top = std::max(top, logits[t]);
+  for (int t = 0; t < b.tokens; t++)
+    if (b.place[t] / page_size == page) sum += std::exp(logits[t] - top);
+  return top + std::log(sum);
+}
+
+// Log masses of the block's pages, of which the last may hold less than `page_size` tokens, for one
+// head with weights exp(logit - m).
+template <class T>
+inline void page_masses(const Block<T>& b, float m, const float* logits, const float* weights,
+                        int page_size, float* mass) {
+  float sums[BLOCK_TOKENS + LANES] = {};
+  if (b.page_tokens && LANES % b.pages == 0) {
+    F lanes{};
+    for (int t = 0; t < b.tokens; t += LANES) lanes += loadu<F>(weights + t);
+    for (int i = 0; i < LANES; i++) sums[i % b.pages] += lanes[i];
+  } else {
+    for (int t = 0; t < b.tokens; t++) sums[b.place[t] / page_size] += weights[t];
   }
-  return hsum(sum);
-}
-
-// The log mass of one page whose weights exp(logit - m) sum to `sum`.
-inline float page_log_mass(const float* logits, int tokens, float m, float sum) {
-  if (sum > 1e-17f) return m + std::log(sum);
+  for (int p = 0; p < b.pages; p += LANES) storeu(mass + p, log(loadu<F>(sums + p)) + m);
   // Far below the running maximum the weights underflow, but the page's own mass must not.
-  float top = -INF;
-  for (int t = 0; t < tokens; t++) top = std::max(top, logits[t]);
-  const F base = set1(top);
-  return top + std::log(sum_of(logits, tokens, [&](F x) { return exp(x - base); }));
+  for (int p = 0; p < b.pages; p++)
+    if (!(sums[p] > 1e-17f)) mass[p] = faint_page(b, p, logits, page_size);
 }
 
-// Log masses of the block's pages of `page_size` tokens, for heads g .. g + GB.
-template <int GB>
-inline void page_masses(const HeadState& st, int g, const float* logits, const float* weights,
-                        int pitch, int tokens, int page_size, float* mass, int mass_pitch) {
-  for (int i = 0; i < GB; i++)
-    for (int t = 0, page = 0; t < tokens; t += page_size, page++) {
-      const int count = std::min(page_size, tokens - t);
-      const float* row = weights + i * pitch + t;
-      const float sum = sum_of(row, count, [](F x) { return x; });
-      mass[(g + i) * mass_pitch + page] =
-          page_log_mass(logits + i * pitch + t, count, st.m[g + i], sum);
-    }
-}
-
-// Where the log masses of the pages of a block go, [G][pitch]; null: nobody asks.
+// Where the log masses of the pages of a block go, [G][pitch], with room for whole vectors; null: nobody asks.
 struct PageMass {
   float* mass;
   int pitch, page_size;
@@ -317,16 +338,17 @@ inline void for_head_blocks(int group, Fn f) {
 }
 
 // Attends the block s.now with the G query heads of each of `heads` KV heads, and brings what
-// follows to L2, the keys of s.ahead at last. st holds the heads one after the other. Tokens are
+// follows to a cache, the keys of s.ahead at last. st holds the heads one after the other. Tokens are
 // outside, KV heads inside: where the pool stores the heads of a token side by side, memory is read
-// in order.
-template <int DT, class T>
-__attribute__((noinline)) void attend_block(HeadState& st, int heads, int group, int dim,
+// in order. ONE: there is one KV head, which takes a tenth less time where that is known here.
+template <int DT, bool ONE, class T>
+__attribute__((noinline)) void attend_block(HeadState& st, int num_heads, int group, int dim,
                                             const BlockSpace<T>& s, const PageMass& wanted) {
+  const int heads = ONE ? 1 : num_heads;
   const int D = DT ? DT : dim, tokens = s.now.tokens, pitch = s.pitch;
-  const int distance = heads == 1 ? AHEAD_ONE_HEAD : AHEAD_ALL_HEADS;
-  const int value_tokens = heads == 1 ? VALUE_TOKENS_ONE_HEAD : VALUE_TOKENS_ALL_HEADS;
-  if (heads == 1) translate(s.ahead, D);
+  constexpr int distance = ONE ? AHEAD_ONE_HEAD : AHEAD_ALL_HEADS;
+  constexpr int value_tokens = ONE ? VALUE_TOKENS_ONE_HEAD : VALUE_TOKENS_ALL_HEADS;
+  if (ONE) translate(s.ahead, D);
   for (int t = 0; t < tokens; t += 4)
     for (int h = 0; h < heads; h++) {
       const int64_t k_at = h * s.k_head, v_at = h * s.v_head;
@@ -342,8 +364,8 @@ __attribute__((noinline)) void attend_block(HeadState& st, int heads, int group,
       }
       for_head_blocks(group, [&](int g, auto count) {
         const size_t at = (size_t)h * group + g;
-        dot_four<count(), DT>(row, g ? row : next, st.q + at * D, dim, s.now.place + t,
-                              s.logits + at * pitch, pitch);
+        dot_four<count(), DT>(row, g ? row : next, st.q + at * D, dim, s.logits + at * pitch + t,
+                              pitch);
       });
     }
   for (int h = 0; h < heads; h++)
@@ -351,9 +373,9 @@ __attribute__((noinline)) void attend_block(HeadState& st, int heads, int group,
       const size_t at = (size_t)h * group + g;
       float *logits = s.logits + at * pitch, *weights = s.weights + at * pitch;
       soften<count()>(st, at, D, logits, weights, pitch, tokens);
-      if (wanted.mass)
-        page_masses<count()>(st, at, logits, weights, pitch, tokens, wanted.page_size, wanted.mass,
-                             wanted.pitch);
+      for (int i = 0; wanted.mass && i < count(); i++)
+        page_masses(s.now, st.m[at + i], logits + i * pitch, weights + i * pitch, wanted.page_size,
+                    wanted.mass + (at + i) * wanted.pitch);
     });
   for (int t = 0; t < tokens; t += value_tokens)
     for (int h = 0; h < heads; h++) {
@@ -368,8 +390,8 @@ __attribute__((noinline)) void attend_block(HeadState& st, int heads, int group,
       }
       for_head_blocks(group, [&](int g, auto size) {
         const size_t at = (size_t)h * group + g;
-        add_values<size(), DT>(s.now.v + t, v_at, next, count, s.now.place + t,
-                               s.weights + at * pitch, pitch, st.acc + at * D, dim);
+        add_values<size(), DT>(s.now.v + t, v_at, next, count, s.weights + at * pitch + t, pitch,
+                               st.acc + at * D, dim);
       });
     }
 }
@@ -377,14 +399,15 @@ __attribute__((noinline)) void attend_block(HeadState& st, int heads, int group,
 template <class T>
 using AttendBlock = void (*)(HeadState&, int, int, int, const BlockSpace<T>&, const PageMass&);
 
-// The instance for a head_dim; common sizes have their own.
+// The instance for a head_dim, of which common ones have their own, and a number of KV heads.
 template <class T>
-inline AttendBlock<T> attend_block_for(int dim) {
+inline AttendBlock<T> attend_block_for(int dim, int heads) {
+  const bool one = heads == 1;
   switch (dim) {
-    case 64: return attend_block<64, T>;
-    case 128: return attend_block<128, T>;
+    case 64: return one ? attend_block<64, true, T> : attend_block<64, false, T>;
+    case 128: return one ? attend_block<128, true, T> : attend_block<128, false, T>;
   }
-  return attend_block<0, T>;
+  return one ? attend_block<0, true, T> : attend_block<0, false, T>;
 }
 
 }  // namespace psa

@@ -7,7 +7,7 @@ namespace {
 template <class T>
 void run(const PsaDecodeArgs& a) {
   static thread_local Scratch shared;  // partial results of the dense rows, read by all threads
-  const Tasks<T> tasks(a, shared);
+  const Tasks<T> tasks(a, shared, heads_apart(a));
   const int count = tasks.count(), merges = tasks.merges();
 #pragma omp parallel num_threads(a.rows.num_threads) if (a.rows.num_threads > 1 && count > 1)
   {

@@ -9,7 +9,7 @@
 namespace psa {
 
 struct Task {
-  int row, part;             // part: chunk of a dense row, KV head of the others
+  DenseTask part;            // progressive: one KV head, chunk 0
   const Partials* partials;  // null: progressive
   int64_t work;
 };
@@ -44,7 +44,9 @@ void padding_row(const PsaDecodeArgs& a, int row) {
 template <class T>
 class Tasks {
  public:
-  Tasks(const PsaDecodeArgs& a, Scratch& shared) : a_(a), partials_(a.rows.batch) {
+  // heads_apart: dense rows are divided by KV heads, too.
+  Tasks(const PsaDecodeArgs& a, Scratch& shared, bool heads_apart)
+      : a_(a), partials_(a.rows.batch) {
     const PsaRows& r = a.rows;
     size_t bytes = 0;
     for (int b = 0; b < r.batch; b++)
@@ -56,11 +58,13 @@ class Tasks {
       } else if (a.mode[b] == PSA_DENSE) {
         const int chunks = num_chunks(r, b);
         partials_[b].take(shared, r, chunks);
-        for (int c = 0; c < chunks; c++)
-          list_.push_back({b, c, &partials_[b], (int64_t)CHUNK_TOKENS * r.num_kv_heads});
+        const int heads = heads_apart ? 1 : r.num_kv_heads;
+        for (int h = 0; h < r.num_kv_heads; h += heads)
+          for (int c = 0; c < chunks; c++)
+            list_.push_back({{b, c, h, heads}, &partials_[b], (int64_t)chunk_tokens(r) * heads});
         dense_rows_.push_back(b);
       } else {
-        for (int h = 0; h < r.num_kv_heads; h++) list_.push_back({b, h, nullptr, r.seq_lens[b]});
+        for (int h = 0; h < r.num_kv_heads; h++) list_.push_back({{b, 0, h, 1}, nullptr, r.seq_lens[b]});
       }
     }
     std::stable_sort(list_.begin(), list_.end(),
@@ -72,12 +76,12 @@ class Tasks {
   void run(int i, Pool& pool, Scratch& own) const {
     const Task& t = list_[i];
     if (t.partials)
-      dense_chunk<T>(a_, pool, t.row, t.part, *t.partials, own);
+      dense_chunk<T>(a_, pool, t.part, *t.partials, own);
     else
-      Progressive<T, Pool>(a_, pool, t.row, t.part, own).run();
+      Progressive<T, Pool>(a_, pool, t.part.row, t.part.first, own).run();
   }
-  int row(int i) const { return list_[i].row; }
-  bool all_heads(int i) const { return list_[i].partials; }
+  int row(int i) const { return list_[i].part.row; }
+  int heads(int i) const { return list_[i].part.count; }
 
   // Once all tasks are done.
   int merges() const { return (int)dense_rows_.size() * a_.rows.num_kv_heads; }

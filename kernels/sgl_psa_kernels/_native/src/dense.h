@@ -1,15 +1,20 @@
-// Dense rows: all pages in logical order, in chunks of fixed length, the KV heads of a page together
-// or one after the other, as the pool stores them. Chunks depend on the row's length alone, so a
-// row's result depends neither on the other rows nor on the number of threads.
+// Dense rows: all pages in logical order, in chunks, the KV heads of a page together, one after the
+// other, or as tasks of their own, as the pool stores them. Chunks depend on the row's length and the
+// model alone, so a row's result depends neither on the other rows nor on the number of threads.
 #pragma once
 
 #include "pool.h"
 
 namespace psa {
 
-constexpr int CHUNK_TOKENS = 512;
+// Tokens of a chunk for each KV head of the model, and in all: a chunk of one head is as much work
+// as SHARE tokens of all, and what it costs to merge is small beside it.
+constexpr int CHUNK_SHARE = 512, MOST_CHUNK_TOKENS = 4096;
 
-inline int chunk_pages(const PsaRows& r) { return std::max(1, CHUNK_TOKENS / r.page_size); }
+inline int chunk_tokens(const PsaRows& r) {
+  return std::min(CHUNK_SHARE * r.num_kv_heads, MOST_CHUNK_TOKENS);
+}
+inline int chunk_pages(const PsaRows& r) { return std::max(1, chunk_tokens(r) / r.page_size); }
 inline int num_chunks(const PsaRows& r, int row) {
   return (num_pages(r, row) + chunk_pages(r) - 1) / chunk_pages(r);
 }
@@ -30,41 +35,48 @@ struct Partials {
   }
 };
 
+// KV heads first .. first + count of a chunk of a row.
+struct DenseTask {
+  int row, chunk, first, count;
+};
+
 template <class T, class Pool>
-void dense_chunk(const PsaDecodeArgs& a, Pool& pool, int row, int chunk, const Partials& out,
+void dense_chunk(const PsaDecodeArgs& a, Pool& pool, const DenseTask& task, const Partials& out,
                  Scratch& scratch) {
   const PsaRows& r = a.rows;
-  const int D = r.head_dim, heads = r.num_kv_heads, group = r.num_qo_heads / heads;
+  const int D = r.head_dim, group = r.num_qo_heads / r.num_kv_heads, last = task.first + task.count;
   const int step = block_pages(r), block_tokens = step * r.page_size;
-  const AttendBlock<T> attend_block = attend_block_for<T>(D);
-  const int together = pool.heads_apart() ? 1 : heads;
-  scratch.reset(Scratch::need<float>((size_t)r.num_qo_heads * D) +
+  const int together = pool.heads_apart() ? 1 : task.count;
+  const AttendBlock<T> attend_block = attend_block_for<T>(D, together);
+  const int begin = task.chunk * chunk_pages(r);
+  const int count = std::min(num_pages(r, task.row), begin + chunk_pages(r)) - begin;
+  scratch.reset(Scratch::need<float>((size_t)task.count * group * D) + Scratch::need<int>(count) +
                 BlockSpace<T>::bytes(together * group, block_tokens));
-  float* q = scratch.take<float>((size_t)r.num_qo_heads * D);
+  float* q = scratch.take<float>((size_t)task.count * group * D);
+  int* pages = scratch.take<int>(count);
   BlockSpace<T> space;
   space.take(scratch, together * group, block_tokens);
   space.k_head = pool.k_head_stride();
   space.v_head = pool.v_head_stride();
   // The state lives in the chunk's place of the partial results.
   const auto state = [&](int kv_head) {
-    const size_t head = (size_t)kv_head * group, at = (size_t)chunk * r.num_qo_heads + head;
-    return HeadState{q + head * D, out.acc + at * D, out.m + at, out.l + at};
+    const size_t head = (size_t)kv_head * group, at = (size_t)task.chunk * r.num_qo_heads + head;
+    return HeadState{q + (kv_head - task.first) * group * D, out.acc + at * D, out.m + at,
+                     out.l + at};
   };
-  state(0).start(pool.q(0), r.q_head_stride, r.num_qo_heads, D, r.sm_scale);
+  state(task.first)
+      .start(pool.q(task.first), r.q_head_stride, task.count * group, D, r.sm_scale);
 
-  const int begin = chunk * chunk_pages(r);
-  const int count = std::min(num_pages(r, row), begin + chunk_pages(r)) - begin;
-  int pages[CHUNK_TOKENS];
   for (int p = 0; p < count; p++) pages[p] = begin + p;
   pool.expect(pages, count, nullptr, 0);
-  if constexpr (Pool::RESIDENT) pool.fill(space.ahead, pages, std::min(step, count), 0);
-  for (int h = 0; h < heads; h += together) {
+  if constexpr (Pool::RESIDENT) pool.fill(space.ahead, pages, std::min(step, count), task.first);
+  for (int h = task.first; h < last; h += together) {
     HeadState st = state(h);
     for (int p = 0; p < count; p += step) {
       const int end = std::min(p + step, count);
       // After a head's last block comes the first one of the next.
       const int next = end < count ? end : 0, next_head = end < count ? h : h + together;
-      const int next_count = next_head < heads ? std::min(step, count - next) : 0;
+      const int next_count = next_head < last ? std::min(step, count - next) : 0;
       pool.need(pages + p, end - p, pages + next, next_count);
       if constexpr (Pool::RESIDENT) {
         std::swap(space.now, space.ahead);

@@ -7,6 +7,9 @@
 
 namespace psa {
 
+// Whether a head's rows follow each other, and its memory is best read for itself.
+inline bool heads_apart(const PsaDecodeArgs& a) { return a.k_head_stride > a.k_token_stride; }
+
 // All pages lie where the arguments say. The members that do nothing are those by which a pool whose
 // pages come and go (tier_pool.h) learns what is attended.
 template <class T>
@@ -31,8 +34,7 @@ struct RowPool {
     return static_cast<const T*>(a.v) + first_slot(page) * a.v_token_stride +
            kv_head * a.v_head_stride;
   }
-  // Whether a head's rows follow each other, and its memory is best read for itself.
-  bool heads_apart() const { return a.k_head_stride > a.k_token_stride; }
+  bool heads_apart() const { return psa::heads_apart(a); }
   int64_t k_head_stride() const { return a.k_head_stride; }
   int64_t v_head_stride() const { return a.v_head_stride; }
   // These pages are to be attended, those of `then` likely next.

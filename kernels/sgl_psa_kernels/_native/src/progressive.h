@@ -22,7 +22,7 @@ class Progressive {
         step_(block_pages(a.rows)),
         step_pitch_(padded(step_)),
         mode_(a.mode[row]),
-        attend_block_(attend_block_for<T>(dim_)),
+        attend_block_(attend_block_for<T>(dim_, 1)),
         attended_(attended_of(a, row, kv_head)) {
     const int tokens = step_ * a.rows.page_size;
     scratch.reset(HeadState::bytes(group_, dim_) + Estimates::bytes(group_, n_) +
@@ -80,7 +80,7 @@ class Progressive {
     pool_.expect(pages, count, then, then_count);
     if constexpr (Pool::RESIDENT) {
       fill(space_.now, pages, count);
-      if (!brought) bring();
+      if (!brought) bring(0, AHEAD_ONE_HEAD);
     }
     const PageMass wanted{compare ? mass_ : nullptr, step_pitch_, a_.rows.page_size};
     for (int i = 0; i < count; i += step_) {
@@ -90,23 +90,30 @@ class Progressive {
       pool_.need(pages + i, end - i, next, next_count);
       if constexpr (!Pool::RESIDENT) {
         fill(space_.now, pages + i, end - i);
-        if (!brought && !i) bring();
+        if (!brought && !i) bring(0, AHEAD_ONE_HEAD);
       }
       pool_.fill_next(space_.ahead, next, next_count, head_);
       attend_block_(st_, 1, group_, dim_, space_, wanted);
       pool_.done();
       tokens_done_ += space_.now.tokens;
       leave(pages + i, end - i, compare);
-      if constexpr (Pool::RESIDENT) std::swap(space_.now, space_.ahead);
+      if constexpr (Pool::RESIDENT) {
+        std::swap(space_.now, space_.ahead);
+        // What the rule computes from the masses takes long enough for the rest to come, too.
+        if (compare) bring(AHEAD_ONE_HEAD, space_.now.tokens);
+      }
     }
     pages_done_ += count;
   }
   void fill(Block<T>& b, const int* pages, int count) {
     pool_.fill(b, pages, std::min(step_, count), head_);
   }
-  void bring() {
-    for (int t = 0; t < std::min(AHEAD_ONE_HEAD, space_.now.tokens); t++)
-      prefetch_row(space_.now.k[t], dim_);
+  // Has keys first .. last of the block space_.now fetched.
+  void bring(int first, int last) {
+    const int bytes = dim_ * (int)sizeof(T);
+    for (int t = first; t < std::min(last, space_.now.tokens); t++)
+      bytes <= NEAR_ROW_BYTES ? prefetch_range<true>(space_.now.k[t], bytes)
+                              : prefetch_range(space_.now.k[t], bytes);
   }
 
   // The pages of one block leave the estimates.

@@ -127,10 +127,16 @@ inline void prefetch_l2(const void* p) {
   asm volatile("");
 }
 
-// bytes at p to L2, one request per cache line
+inline void prefetch_l1(const void* p) {
+  __builtin_prefetch(p, 0, 3);
+  asm volatile("");
+}
+
+// bytes at p to L2, or NEAR to L1, one request per cache line
+template <bool NEAR = false>
 inline void prefetch_range(const void* p, int64_t bytes) {
   const char* c = static_cast<const char*>(p);
-  for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(c + i);
+  for (int64_t i = 0; i < bytes; i += 64) NEAR ? prefetch_l1(c + i) : prefetch_l2(c + i);
 }
 
 #if PSA_WIDTH == 512
@@ -142,14 +148,16 @@ inline I4 fold(__m512i x) {
   __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
   return (I4)_mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
 }
-// sums of the lanes of four vectors
-inline F4 hsum4(F a, F b, F c, F d) {
+// sums of the lanes of four vectors, quarter by quarter
+inline __m512 hsum4_lanes(F a, F b, F c, F d) {
   __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b),
                             _mm512_unpackhi_ps((__m512)a, (__m512)b));
   __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d),
                             _mm512_unpackhi_ps((__m512)c, (__m512)d));
-  return fold(_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee)));
+  return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
 }
+// sums of the lanes of four vectors
+inline F4 hsum4(F a, F b, F c, F d) { return fold(hsum4_lanes(a, b, c, d)); }
 inline I4 hsum4(I a, I b, I c, I d) {
   __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32((__m512i)a, (__m512i)b),
                                 _mm512_unpackhi_epi32((__m512i)a, (__m512i)b));
@@ -248,6 +256,26 @@ inline F4 hmax4(F a, F b, F c, F d) {
   return r;
 }
 #endif
+// sums[g]: those of the lanes of x[g][0 .. 4)
+template <int N>
+inline void hsum4(const F (&x)[N][4], F4 (&sums)[N]) {
+#if PSA_WIDTH == 512
+  if constexpr (N == 4) {
+    // The last steps of four at once.
+    __m512 four[4];
+    for (int g = 0; g < 4; g++) four[g] = hsum4_lanes(x[g][0], x[g][1], x[g][2], x[g][3]);
+    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x44),
+                                     _mm512_shuffle_f32x4(four[0], four[1], 0xee));
+    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x44),
+                                      _mm512_shuffle_f32x4(four[2], four[3], 0xee));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
+                                     _mm512_shuffle_f32x4(low, high, 0xdd));
+    std::memcpy(sums, &all, sizeof(all));
+    return;
+  }
+#endif
+  for (int g = 0; g < N; g++) sums[g] = hsum4(x[g][0], x[g][1], x[g][2], x[g][3]);
+}
 inline float hmax(F a) { return hmax4(a, a, a, a)[0]; }
 inline float hsum(F a) { return hsum4(a, a, a, a)[0]; }
 

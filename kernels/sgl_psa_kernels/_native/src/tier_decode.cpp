@@ -16,8 +16,7 @@ struct Context {
 
   static void run(void* self, int task, DecodeFiber& fiber) {
     const Context& c = *static_cast<Context*>(self);
-    const int heads = c.tasks.all_heads(task) ? c.a.rows.num_kv_heads : 1;
-    TierPool<T> pool(c.a, fiber, c.tasks.row(task), heads);
+    TierPool<T> pool(c.a, fiber, c.tasks.row(task), c.tasks.heads(task));
     c.tasks.run(task, pool, fiber.scratch);
   }
 };
@@ -25,7 +24,7 @@ struct Context {
 template <class T>
 void run(Tier& tier, PsaTierDecodeArgs& args, Scratch& shared) {
   const PsaDecodeArgs& a = args.decode;
-  const Tasks<T> tasks(a, shared);
+  const Tasks<T> tasks(a, shared, false);
   Context<T> context{a, tasks};
   const int threads = std::max(1, std::min(a.rows.num_threads, tasks.count()));
   DecodeCrew crew(tier, args.layer, args.step, threads, tasks.count(), Context<T>::run, &context);
