@@ -60,13 +60,13 @@ void set_nibble_query(SketchQuery& q, const float* x, QueryRange range,
     }
 }
 
-// codes: of whole tiles of 16 keys, columns of four bytes.
-template <int HEADS>
-void nibble_totals(const SketchLayout& layout, const SketchQuery* q, const uint8_t* codes,
-                   int tokens, I* totals) {
+// See PageTotals. codes: of whole tiles of 16 keys, COLUMNS of four bytes; 0: any number.
+template <int HEADS, int COLUMNS>
+inline void nibble_totals(const SketchLayout& layout, const SketchQuery* q, const uint8_t* codes,
+                          int tokens, I* totals) {
   const __m512i low_bits = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1);
   const __m512i byte = _mm512_set1_epi32(0x30201000);  // whose table, in bits 4 and 5 of an index
-  const int columns = layout.columns;
+  const int columns = COLUMNS ? COLUMNS : layout.columns;
   for (int t = 0; t < tokens; t += LANES, totals += HEADS, codes += LANES * layout.width) {
     __m512i low_sum[HEADS], high_sum[HEADS];
     for (int g = 0; g < HEADS; g++) low_sum[g] = high_sum[g] = _mm512_setzero_si512();
@@ -88,15 +88,13 @@ void nibble_totals(const SketchLayout& layout, const SketchQuery* q, const uint8
       totals[g] = (I)_mm512_add_epi32(low_sum[g], high_sum[g]);
   }
 }
-
-constexpr PageTotals nibble_totals_by_heads[MAX_HEADS] = {nibble_totals<1>, nibble_totals<2>,
-                                                          nibble_totals<3>, nibble_totals<4>};
 #else
 constexpr bool HAS_NIBBLE_KERNELS = false;
 inline size_t nibble_query_size(const SketchLayout&) { return 0; }
 template <int BITS>
 void set_nibble_query(SketchQuery&, const float*, QueryRange, const SketchLayout&) {}
-constexpr const PageTotals* nibble_totals_by_heads = nullptr;
+template <int HEADS, int COLUMNS>
+void nibble_totals(const SketchLayout&, const SketchQuery*, const uint8_t*, int, I*) {}
 #endif
 
 }  // namespace psa

@@ -276,6 +276,29 @@ inline void hsum4(const F (&x)[N][4], F4 (&sums)[N]) {
 #endif
   for (int g = 0; g < N; g++) sums[g] = hsum4(x[g][0], x[g][1], x[g][2], x[g][3]);
 }
+// to[g][i] = from[i * stride][g] for g < rows and i < LANES
+inline void store_columns(const F4* from, int64_t stride, float* const (&to)[4], int rows) {
+#if PSA_WIDTH == 512
+  __m512 x[4];  // quarter b of x[j]: from[(4 * b + j) * stride]
+  for (int j = 0; j < 4; j++) {
+    const auto quarter = [&](int b) { return (__m128)from[(4 * b + j) * stride]; };
+    x[j] = _mm512_castps128_ps512(quarter(0));
+    x[j] = _mm512_insertf32x4(x[j], quarter(1), 1);
+    x[j] = _mm512_insertf32x4(x[j], quarter(2), 2);
+    x[j] = _mm512_insertf32x4(x[j], quarter(3), 3);
+  }
+  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1]));
+  const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1]));
+  const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(x[2], x[3]));
+  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(x[2], x[3]));
+  const __m512d column[4] = {_mm512_unpacklo_pd(a, c), _mm512_unpackhi_pd(a, c),
+                             _mm512_unpacklo_pd(b, d), _mm512_unpackhi_pd(b, d)};
+  for (int g = 0; g < rows; g++) storeu(to[g], column[g]);
+#else
+  for (int g = 0; g < rows; g++)
+    for (int i = 0; i < LANES; i++) to[g][i] = from[i * stride][g];
+#endif
+}
 inline float hmax(F a) { return hmax4(a, a, a, a)[0]; }
 inline float hsum(F a) { return hsum4(a, a, a, a)[0]; }
 

@@ -15,13 +15,20 @@ struct Item {
   int32_t column, head;
 };
 
+struct Scorer;
+// Sums of a page for the heads that q begins with; see page_sums.
+using PageScore = F4 (*)(const Scorer&, const SketchQuery* q, float* base, const uint8_t* codes,
+                         const uint16_t* affine, int tokens, I* totals);
+inline const PageScore* choose_page_score(const Scorer& s);
+
 struct Scorer {
   const PsaSketchScoreArgs& a;
   const PsaRows& r;
   const SketchLayout layout;
   const int group;
   const bool whole, nibbles;  // whole: columns are whole vectors of words
-  const PageTotals* const totals;
+  const PageTotals* const byte_totals;
+  const PageScore* const page_score;  // by the number of heads, from 1 on
 
   explicit Scorer(const PsaSketchScoreArgs& args)
       : a(args),
@@ -30,7 +37,8 @@ struct Scorer {
         group(r.num_qo_heads / r.num_kv_heads),
         whole(layout.tile % LANES == 0 && layout.width % 4 == 0),
         nibbles(whole && a.bits < 4 && HAS_NIBBLE_KERNELS),
-        totals(nibbles ? nibble_totals_by_heads : choose_byte_totals(a.bits, whole)) {}
+        byte_totals(choose_byte_totals(a.bits, whole)),
+        page_score(choose_page_score(*this)) {}
 
   const uint8_t* codes(int page, int head) const {
     return a.codes + ((int64_t)page * r.num_kv_heads + head) * layout.page_bytes();
@@ -81,11 +89,12 @@ inline void load_affine(const uint16_t* affine, int width, int count, F& scale, 
   }
 }
 
-// Of a page's logits, less their head's base: the sum of 2^logit, or the largest.
+// Of a page's logits, less their head's base: the sum of 2^logit, or the largest. `step` tokens are
+// one vector of totals, `width` numbers a token's affine pair.
 template <int HEADS>
-F4 reduce_page(const Scorer& s, const SketchQuery* q, const float* base, const I* totals,
-               const uint16_t* affine, int tokens, bool largest) {
-  const int width = s.a.affine_width, step = std::min(s.layout.tile, LANES);
+__attribute__((always_inline)) inline F4 reduce(const SketchQuery* q, const float* base,
+                                                const I* totals, const uint16_t* affine, int tokens,
+                                                int step, int width, bool largest) {
   F e[4];
   unrolled<HEADS>([&](auto g) { e[g] = largest ? set1(-INF) : F{}; });
   for (int t = 0; t < tokens; t += step, totals += HEADS) {
@@ -109,13 +118,20 @@ F4 reduce_page(const Scorer& s, const SketchQuery* q, const float* base, const I
   return largest ? hmax4(e[0], e[1], e[2], e[3]) : hsum4(e[0], e[1], e[2], e[3]);
 }
 
-// The log mass of a page is log(sum) + LN_2 * base. A base that does not serve is changed, for the
-// pages that follow too.
 template <int HEADS>
-F4 page_sums(const Scorer& s, const SketchQuery* q, float* base, const I* totals,
-             const uint16_t* affine, int tokens) {
-  const F4 sums = reduce_page<HEADS>(s, q, base, totals, affine, tokens, false);
-  if (__builtin_expect(trusted(sums), 1)) return sums;
+inline F4 reduce_page(const Scorer& s, const SketchQuery* q, const float* base, const I* totals,
+                      const uint16_t* affine, int tokens, bool largest) {
+  const int step = std::min(s.layout.tile, LANES), width = s.a.affine_width;
+  // A page of 16 tokens: all numbers are known.
+  if (tokens == LANES && step == LANES && width == 2)
+    return reduce<HEADS>(q, base, totals, affine, LANES, LANES, 2, largest);
+  return reduce<HEADS>(q, base, totals, affine, tokens, step, width, largest);
+}
+
+// The same by another base, for the pages that follow too.
+template <int HEADS>
+__attribute__((noinline)) F4 rebased_sums(const Scorer& s, const SketchQuery* q, float* base,
+                                          const I* totals, const uint16_t* affine, int tokens) {
   const float zero[HEADS] = {};
   const F4 largest = reduce_page<HEADS>(s, q, zero, totals, affine, tokens, true);
   for (int g = 0; g < HEADS; g++) base[g] = largest[g] - largest[g] == 0 ? largest[g] : 0;
@@ -123,9 +139,43 @@ F4 page_sums(const Scorer& s, const SketchQuery* q, float* base, const I* totals
   return again < INF ? again : F4{} + __builtin_nanf("");
 }
 
-using PageSums = F4 (*)(const Scorer&, const SketchQuery*, float*, const I*, const uint16_t*, int);
-constexpr PageSums page_sums_by_heads[MAX_HEADS] = {page_sums<1>, page_sums<2>, page_sums<3>,
-                                                    page_sums<4>};
+// The log mass of a page is log(sum) + LN_2 * base. A base that does not serve is changed.
+template <int HEADS>
+inline F4 page_sums(const Scorer& s, const SketchQuery* q, float* base, const I* totals,
+                    const uint16_t* affine, int tokens) {
+  const F4 sums = reduce_page<HEADS>(s, q, base, totals, affine, tokens, false);
+  if (__builtin_expect(trusted(sums), 1)) return sums;
+  return rebased_sums<HEADS>(s, q, base, totals, affine, tokens);
+}
+
+template <int HEADS>
+F4 byte_page(const Scorer& s, const SketchQuery* q, float* base, const uint8_t* codes,
+             const uint16_t* affine, int tokens, I* totals) {
+  s.byte_totals[HEADS - 1](s.layout, q, codes, tokens, totals);
+  return page_sums<HEADS>(s, q, base, totals, affine, tokens);
+}
+template <int HEADS, int COLUMNS>
+F4 nibble_page(const Scorer& s, const SketchQuery* q, float* base, const uint8_t* codes,
+               const uint16_t* affine, int tokens, I* totals) {
+  nibble_totals<HEADS, COLUMNS>(s.layout, q, codes, tokens, totals);
+  return page_sums<HEADS>(s, q, base, totals, affine, tokens);
+}
+constexpr PageScore byte_pages[MAX_HEADS] = {byte_page<1>, byte_page<2>, byte_page<3>,
+                                             byte_page<4>};
+template <int COLUMNS>
+constexpr PageScore nibble_pages[MAX_HEADS] = {nibble_page<1, COLUMNS>, nibble_page<2, COLUMNS>,
+                                               nibble_page<3, COLUMNS>, nibble_page<4, COLUMNS>};
+
+// Common numbers of columns, of heads of 64 and 128 in 1 and 2 bits, have instances of their own.
+inline const PageScore* choose_page_score(const Scorer& s) {
+  if (!s.nibbles) return byte_pages;
+  switch (s.layout.columns) {
+    case 2: return nibble_pages<2>;
+    case 4: return nibble_pages<4>;
+    case 8: return nibble_pages<8>;
+  }
+  return nibble_pages<0>;
+}
 
 // A thread's part of the work: its queries are those of the row of its newest block.
 template <class T>
@@ -139,7 +189,7 @@ class Worker {
     const size_t query = (s_.query_size() + 63) / 64 * 64;
     scratch.reset(Scratch::need<SketchQuery>(heads) + query * heads +
                   Scratch::need<float>(r_.head_dim) + Scratch::need<int8_t>(r_.head_dim) +
-                  Scratch::need<I>(vectors * MAX_HEADS) + Scratch::need<float>(heads) +
+                  Scratch::need<I>(vectors * MAX_HEADS) + Scratch::need<float>(heads + 3) +
                   2 * Scratch::need<F4>(most * parts_ + LANES) + Scratch::need<Item>(most));
     queries_ = scratch.take<SketchQuery>(heads);
     uint8_t* data = scratch.take<uint8_t>(query * heads);
@@ -147,7 +197,7 @@ class Worker {
     work_ = scratch.take<float>(r_.head_dim);
     bytes_ = scratch.take<int8_t>(r_.head_dim);
     totals_ = scratch.take<I>(vectors * MAX_HEADS);
-    base_ = scratch.take<float>(heads);
+    base_ = scratch.take<float>(heads + 3);  // read by fours
     sums_ = scratch.take<F4>(most * parts_ + LANES);
     bases_ = scratch.take<F4>(most * parts_ + LANES);
     items_ = scratch.take<Item>(most);
@@ -158,7 +208,7 @@ class Worker {
     pages_ = pages_of(r_, row_) + first_;
     log_mass_ = s_.a.log_mass + (int64_t)row_ * r_.num_qo_heads * r_.max_pages + first_;
     // A block's result depends on nothing but its own pages.
-    std::fill(base_, base_ + r_.num_qo_heads, 0.0f);
+    std::fill(base_, base_ + r_.num_qo_heads + 3, 0.0f);
     if (s_.a.candidates) {
       score_candidates(collect(block.size()));
     } else {
@@ -190,10 +240,23 @@ class Worker {
     }
     finish(cell);
     for (int h = 0; h < heads; h++)
-      for (int g = 0; g < s_.group; g++) {
-        float* to = out(h, g) + begin;
-        for (int i = 0; i < end - begin; i++) to[i] = value((i * heads + h) * parts_, g);
-      }
+      for (int part = 0; part < parts_; part++) write_strip(h, part, begin, end);
+  }
+
+  // The log masses of up to MAX_HEADS query heads of a KV head.
+  void write_strip(int head, int part, int begin, int end) {
+    const int first = part * MAX_HEADS, rows = std::min(MAX_HEADS, s_.group - first);
+    const F4* from = sums_ + head * parts_ + part;
+    const int64_t stride = (int64_t)r_.num_kv_heads * parts_;
+    float* to[4] = {};
+    for (int g = 0; g < rows; g++) to[g] = out(head, first + g) + begin;
+    int i = 0;
+    for (; i + LANES <= end - begin; i += LANES) {
+      store_columns(from + i * stride, stride, to, rows);
+      for (int g = 0; g < rows; g++) to[g] += LANES;
+    }
+    for (; i < end - begin; i++)
+      for (int g = 0; g < rows; g++) *to[g]++ = from[i * stride][g];
   }
 
   void score_candidates(int count) {
@@ -235,10 +298,9 @@ class Worker {
     const uint16_t* affine = s_.affine(page, item.head);
     for (int g = 0; g < s_.group; g += MAX_HEADS, cell++) {
       const int head = item.head * s_.group + g, n = std::min(MAX_HEADS, s_.group - g) - 1;
-      s_.totals[n](s_.layout, queries_ + head, codes, tokens, totals_);
       sums_[cell] =
-          page_sums_by_heads[n](s_, queries_ + head, base_ + head, totals_, affine, tokens);
-      std::memcpy(bases_ + cell, base_ + head, (n + 1) * 4);
+          s_.page_score[n](s_, queries_ + head, base_ + head, codes, affine, tokens, totals_);
+      bases_[cell] = loadu<F4>(base_ + head);
     }
   }
 
