@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmark.common import integers, write_rows
 from benchmark.serving import plot
-from benchmark.serving.cases import DEFAULT, FULL, QUICK, Case, model
+from benchmark.serving.cases import DEFAULT, FULL, QUICK, RANDOM, RECALL, Case, model
 from benchmark.serving.rounds import Rounds, rows
 from benchmark.serving.systems import SYSTEMS, System, vllm_missing
 
@@ -46,14 +46,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--full", action="store_true", help="also 8k x 4 and 32k of the random model: many hours"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, known in (("models", (RECALL, RANDOM)), ("systems", [s.name for s in SYSTEMS])):
+        unknown = [x for x in getattr(options, name) or () if x not in known]
+        if unknown:
+            parser.error(f"--{name}: no {', '.join(unknown)}; there are {', '.join(known)}")
+    if not chosen(options):
+        cases = ", ".join(f"{c.model} {c.context} x {c.batch}" for c in cases_of(options))
+        parser.error(f"--models, --contexts and --batches leave nothing of {cases}")
+    return options
+
+
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    """All that --quick, --full or neither stands for."""
+    return list(QUICK if options.quick else FULL if options.full else DEFAULT)
 
 
 def chosen(options: argparse.Namespace) -> list[Case]:
     """The cases that the options leave."""
     return [
         case
-        for case in (QUICK if options.quick else FULL if options.full else DEFAULT)
+        for case in cases_of(options)
         if (not options.models or case.model in options.models)
         and (not options.contexts or case.context in options.contexts)
         and (not options.batches or case.batch in options.batches)

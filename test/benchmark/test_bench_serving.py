@@ -57,6 +57,21 @@ def test_rows_of_all_systems_that_answer(fakes, alone, tmp_path, monkeypatch, ca
     assert (tmp_path / "bench_serving.md").read_text() in said
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "match"),
+    [
+        ("--models", "embedded", "no embedded; there are recall, random_llama"),
+        ("--systems", "psa,sgl_psa", "no psa; there are sglang_torch_native, "),
+        ("--contexts", "7", "leave nothing of recall 1024 x 1, "),
+    ],
+)
+def test_a_choice_of_nothing_is_an_error(flag, value, match, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--out", str(tmp_path), flag, value])
+    assert match in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_finished_cases_are_kept(fakes, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(command, "SYSTEMS", fakes[:2])
     arguments = ["--out", str(tmp_path), "--new-tokens", "6"]
