@@ -61,8 +61,8 @@ struct Block {
   const T **k, **v;
   int16_t* place;
   int tokens = 0;
-  int pages = 0;       // of the block
-  int page_tokens = 0; // of each of them; 0 if they differ
+  int pages = 0;        // of the block
+  int page_tokens = 0;  // of each of them; 0 if they differ
 
   // k_step, v_step: strides from one token to the next
   void fill(const PageRows<T>* from, int count, int64_t k_step, int64_t v_step) {
@@ -120,8 +120,8 @@ constexpr bool IN_L1 = DT != 0 && DT * sizeof(T) <= NEAR_ROW_BYTES;
 
 inline int padded(int tokens) { return (tokens + LANES - 1) / LANES * LANES; }
 
-// Row pointers of a block and results of its tokens, in the order of reading, for `heads` query heads
-// in all.
+// Row pointers of a block and results of its tokens, in the order of reading, for `heads` query
+// heads in all.
 template <class T>
 struct BlockSpace {
   Block<T> now, ahead;     // ahead: the block that is likely to follow
@@ -154,7 +154,7 @@ template <class T>
 inline void translate(const Block<T>& b, int dim) {
   int rows = 1;
   while (2 * rows * dim * (int)sizeof(T) <= 4096) rows *= 2;
-  // One page: its rows follow each other. Several, if even: those of a place follow each other.
+  // Pages of one length have their rows of a place side by side. Of others some are left out.
   const int side = b.page_tokens ? b.pages : 1;
   for (int first = 0; first < b.tokens; first += rows * side)
     for (int t = first; t < first + side; t++) {
@@ -164,8 +164,8 @@ inline void translate(const Block<T>& b, int dim) {
 }
 
 // logits[g][0 .. 4) of four rows for GB heads; DT = head_dim at compile time or 0. Row stride of
-// logits: `pitch`. Meanwhile `next` is brought, a little at every step: requests that come in bunches
-// keep the buffers busy that the loads need.
+// logits: `pitch`. Meanwhile `next` is brought, a little at every step: requests that come in
+// bunches keep the buffers busy that the loads need.
 template <int GB, int DT, class T>
 inline void dot_four(const T* const (&row)[4], const T* const (&next)[4], const float* q, int dim,
                      float* logits, int pitch) {
@@ -320,7 +320,8 @@ inline void page_masses(const Block<T>& b, float m, const float* logits, const f
     if (!(sums[p] > 1e-17f)) mass[p] = faint_page(b, p, logits, page_size);
 }
 
-// Where the log masses of the pages of a block go, [G][pitch], with room for whole vectors; null: nobody asks.
+// Where the log masses of the pages of a block go, [G][pitch], with room for whole vectors; null:
+// nobody asks.
 struct PageMass {
   float* mass;
   int pitch, page_size;
@@ -338,9 +339,9 @@ inline void for_head_blocks(int group, Fn f) {
 }
 
 // Attends the block s.now with the G query heads of each of `heads` KV heads, and brings what
-// follows to a cache, the keys of s.ahead at last. st holds the heads one after the other. Tokens are
-// outside, KV heads inside: where the pool stores the heads of a token side by side, memory is read
-// in order. ONE: there is one KV head, which takes a tenth less time where that is known here.
+// follows to a cache, the keys of s.ahead at last. st holds the heads one after the other. Tokens
+// are outside, KV heads inside: where the pool stores the heads of a token side by side, memory is
+// read in order. ONE: there is one KV head, which takes a tenth less time where that is known here.
 template <int DT, bool ONE, class T>
 __attribute__((noinline)) void attend_block(HeadState& st, int num_heads, int group, int dim,
                                             const BlockSpace<T>& s, const PageMass& wanted) {

@@ -64,7 +64,8 @@ class Tasks {
             list_.push_back({{b, c, h, heads}, &partials_[b], (int64_t)chunk_tokens(r) * heads});
         dense_rows_.push_back(b);
       } else {
-        for (int h = 0; h < r.num_kv_heads; h++) list_.push_back({{b, 0, h, 1}, nullptr, r.seq_lens[b]});
+        for (int h = 0; h < r.num_kv_heads; h++)
+          list_.push_back({{b, 0, h, 1}, nullptr, r.seq_lens[b]});
       }
     }
     std::stable_sort(list_.begin(), list_.end(),
