@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from late_streams import LateStreams
 from sgl_psa_kernels.page_tier import HostStore, TierShape, TritonTier, codec, triton_writes
 from sgl_psa_kernels.page_tier import shape as tier_shape
-from sgl_psa_kernels.page_tier.triton_streams import Inline
 from sgl_psa_kernels.progressive_decode import progressive_decode
 from sgl_psa_kernels.progressive_decode import triton_backend as decode_backend
 from tier_cases import Pool
@@ -22,43 +22,6 @@ SHAPE = TierShape(2, 21, 16, 8, 2, 16, FP16)
 RULES = ((0, 0.0, 0.0, 0.0), (1, -1.0, 0.0, 0.0), (2, -1.0, 0.0, 1.0))
 #: Pages in a group of each.
 GROUPS = {TierShape(1, 13, 8, 16, 1, 80, FP16): 2, TierShape(1, 7, 2, 64, 1, 32, FP32): 4}
-
-
-class Late:
-    """An event that the test lets pass."""
-
-    def __init__(self, streams: LateStreams) -> None:
-        self._streams, self.passed = streams, False
-
-    def query(self) -> bool:
-        return self.passed
-
-    def synchronize(self) -> None:
-        while not self.passed:
-            self._streams.run(1)
-
-
-class LateStreams(Inline):
-    """A side stream that runs when the test says; all that waits, in its order."""
-
-    def __init__(self) -> None:
-        self._told = []
-
-    def aside(self, work, *used):
-        event = Late(self)
-        self._told.append((work, event))
-        return event
-
-    @property
-    def waiting(self) -> int:
-        return len(self._told)
-
-    def run(self, count: int = 10**9) -> None:
-        while self._told and count > 0:
-            work, event = self._told.pop(0)
-            work()
-            event.passed = True
-            count -= 1
 
 
 def make_pool(shape: TierShape, pipeline: bool = True, streams=None, seed: int = 0) -> Pool:
