@@ -26,9 +26,9 @@ template <class T>
 struct Block {
   const T **k, **v;
   int16_t* place;
-  int tokens = 0;
-  int pages = 0;        // of the block
-  int page_tokens = 0;  // of each of them; 0 if they differ
+  int tokens;
+  int pages;        // of the block
+  int page_tokens;  // of each of them; 0 if they differ
 
   // k_step, v_step: strides from one token to the next
   void fill(const PageRows<T>* from, int count, int64_t k_step, int64_t v_step) {
