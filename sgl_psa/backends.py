@@ -19,8 +19,9 @@ def resolve_backend(asked: str, device: torch.device | str) -> str:
     ``reference``.
 
     Args:
-        asked: one of these, or ``auto``: C++ on CPUs, torch elsewhere. On CUDA devices ``auto``
-            stays with torch until ``triton`` has been measured on one.
+        asked: one of these, or ``auto``: C++ on CPUs, triton on CUDA devices, torch elsewhere and
+            where what they need is missing. Whether triton's are right on a device is for
+            :mod:`sgl_psa.kernel_check` to say.
         device: where the KV cache lives.
 
     Raises:
@@ -42,6 +43,10 @@ def resolve_backend(asked: str, device: torch.device | str) -> str:
     if not on_cpu:
         if asked == "cpu":
             raise ConfigError(f"backend=cpu cannot serve KV on {device}: use auto or torch")
+        available, reason = _on_cuda("triton", device)
+        if available:
+            return "triton"
+        logger.warning("PSA decodes with torch, which is slower than Triton's kernels: %s", reason)
         return "torch"
     available, reason = native_available()
     if available:

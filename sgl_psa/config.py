@@ -188,8 +188,9 @@ class PSAConfig:
     backend: Annotated[
         BackendName,
         Meta(
-            description="Kernels: auto, cpu (C++), torch (any device), triton (CUDA), flashinfer "
-            "(triton's, with large groups and dense rows by FlashInfer) or reference (slow).",
+            description="Kernels: auto (cpu or triton), cpu (C++), torch (any device), triton "
+            "(CUDA), flashinfer (triton's, with large groups and dense rows by FlashInfer) or "
+            "reference (slow).",
         ),
     ] = "auto"
     candidate_pages: Annotated[

@@ -93,6 +93,8 @@ def run(
     sized = sizes(system, model, kv_tokens, CLIENTS)
     given = flags(system, model, sized, CLIENTS, device, log.parent)
     given[given.index("--psa-min-context") + 1] = "0"
+    # As over tiers, so that all servers run the same.
+    given += ["--cuda-graph-backend-decode", "disabled"]
     server = Server(system.name, given, log)
     try:
         return ask(server, asked), server.stats().get("memory")

@@ -69,7 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "psa, groups of 16": PSA | GRAPH | {"psa_group_pages": 16},
     "psa, predicted": PSA | GRAPH | {"psa_predict": True},
     "psa, groups of 16, flashinfer": PSA | GRAPH | {"psa_group_pages": 16} | FLASHINFER,
-    "psa, no graph": PSA | {"psa_backend": "triton"},
+    "psa, no graph": PSA | {"psa_backend": "triton", "cuda_graph_backend_decode": "disabled"},
 }
 TINY_VARIANTS: dict[str, dict[str, Any]] = {
     "torch_native": {"attention_backend": "torch_native"},

@@ -13,12 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sgl_psa_kernels.triton_support import interpreted
 
+from sgl_psa import kernel_check
+from sgl_psa.backends import NEVER_WAITING
 from sgl_psa.rule import RequestRule
 from sgl_psa.rule_table import RuleTable
 from sgl_psa.stats import StepStats
 from sgl_psa.wrapper import PSADecodeWrapper
-from sglang_psa import defaults, hooks, layers, prefix_budgets, state
+from sglang_psa import defaults, graph_args, hooks, layers, prefix_budgets, state
 from sglang_psa.compat import AttentionBackend
 from sglang_psa.decode_graph import DecodeGraphs
 from sglang_psa.kv_pool import PSAKVPool
@@ -42,6 +45,7 @@ class PSAAttentionBackend(AttentionBackend):
         """
         Raises:
             HookNotApplied: SGLang did not take one of the hooks that psa relies on.
+            KernelCheckError: the kernels for CUDA are wrong on this device, or do not run.
             PriorError: the budget prior cannot be used with this model.
             UnsupportedLayer: the model has attention that psa cannot run.
         """
@@ -76,6 +80,16 @@ class PSAAttentionBackend(AttentionBackend):
         self.last_step: StepStats | None = None
         self.graphs: DecodeGraphs | None = None
         self._num_qo_heads = layers.query_heads(runner.model)
+        if self.wrapper.backend in NEVER_WAITING and not interpreted():
+            graphs = graph_args.decode_graph(runner.server_args) != "disabled"
+            kernel_check.check_kernels(
+                self.config,
+                self.pool.scorer.shape,
+                backend=self.wrapper.backend,
+                dtype=self.pool.dtype,
+                num_qo_heads=self._num_qo_heads,
+                make_graph=kernel_check.cuda_graph if graphs else None,
+            )
         self.prefill = Prefill(self.pool, self.req_to_token)
         self._layers_left = 0
         self._announced = False

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from sgl_psa.config import ConfigError
+from sglang_psa import graph_args
 
 #: Tokens a page under the psa backend.
 PAGE_SIZE = 16
@@ -25,7 +26,7 @@ def apply_psa_defaults(server_args: Any) -> None:
         server_args.cuda_graph_config is not None
         or server_args.cuda_graph_backend_decode is not None
     )
-    if not graphs_chosen:
+    if not graphs_chosen and not graph_args.possible(server_args):
         server_args.disable_decode_cuda_graph = True
     prefill = server_args.prefill_attention_backend or server_args.attention_backend
     if prefill == "psa" and server_args.cuda_graph_backend_prefill is None:

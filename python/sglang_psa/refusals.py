@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sgl_psa.backends import NEVER_WAITING
-from sgl_psa.policies import POLICIES
+from sglang_psa import graph_args
+from sglang_psa.graph_args import decode_graph, kind_of_device, tiered
 
 MIN_PAGE, MAX_PAGE = 8, 128
 #: Parts of architecture names of models with state-space or linear attention layers.
@@ -69,47 +69,15 @@ def _bad_page_size(args: Any) -> bool:
     return size is not None and not (MIN_PAGE <= size <= MAX_PAGE and size & (size - 1) == 0)
 
 
-def decode_graph(args: Any) -> str:
-    """The kind of decode CUDA graph that the arguments ask for, ``disabled`` if none."""
-    config = getattr(args, "cuda_graph_config", None)
-    if config is None:
-        return getattr(args, "cuda_graph_backend_decode", None) or "disabled"
-    decode = config.get("decode", {}) if isinstance(config, dict) else config.decode
-    chosen = decode.get("backend") if isinstance(decode, dict) else decode.backend
-    return str(getattr(chosen, "value", chosen) or "disabled").lower()
-
-
-def _graph_of_waiting_kernels(args: Any) -> bool:
-    waits = getattr(args, "psa_backend", None) not in NEVER_WAITING
-    return decode_graph(args) != "disabled" and waits
-
-
-def _graph_of_host_choices(args: Any) -> bool:
-    policy = POLICIES.get(getattr(args, "psa_policy", None) or "psa")
-    chooses = policy is not None and policy.select is not None
-    exact = getattr(args, "psa_scorer", None) == "exact"
-    audits = bool(getattr(args, "psa_audit_rate", None))
-    return decode_graph(args) != "disabled" and (chooses or exact or audits)
-
-
-def _tiered(args: Any) -> bool:
-    return bool(getattr(args, "psa_device_pool_bytes", None))
-
-
-def _device(args: Any) -> str:
-    """Kind of the device, empty while SGLang has not chosen it."""
-    return (args.device or "").split(":")[0]
-
-
 def _tiers_on_cuda(args: Any) -> bool:
-    return _tiered(args) and _device(args) == "cuda"
+    return tiered(args) and kind_of_device(args) == "cuda"
 
 
 def _tiers_without_kernels(args: Any) -> bool:
     """Elsewhere than on CUDA; Triton's kernels may be right until the device is known."""
-    wrong = ("torch", "flashinfer", "triton") if _device(args) else ("torch", "flashinfer")
+    wrong = ("torch", "flashinfer", "triton") if kind_of_device(args) else ("torch", "flashinfer")
     asked = getattr(args, "psa_backend", None)
-    return _tiered(args) and (_device(args) not in ("", "cpu", "cuda") or asked in wrong)
+    return tiered(args) and (kind_of_device(args) not in ("", "cpu", "cuda") or asked in wrong)
 
 
 def _other_prefill(args: Any) -> bool:
@@ -198,20 +166,20 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "decode graph kernels",
-        _graph_of_waiting_kernels,
+        lambda a: decode_graph(a) != "disabled" and graph_args.wait(a),
         "decode CUDA graphs need kernels that never wait for the device: use --psa-backend triton "
         "or flashinfer, or --cuda-graph-backend-decode disabled",
     ),
     Refusal(
         "decode graph settings",
-        _graph_of_host_choices,
+        lambda a: decode_graph(a) != "disabled" and graph_args.chosen_on_the_host(a),
         "policies that choose pages outright, scorer exact and audits run outside of a decode CUDA "
         "graph: use --psa-policy psa or dense and drop --psa-audit-rate, or use "
         "--cuda-graph-backend-decode disabled",
     ),
     Refusal(
         "two tiers and graphs",
-        lambda a: _tiered(a) and decode_graph(a) != "disabled",
+        lambda a: tiered(a) and decode_graph(a) != "disabled",
         "K and V that are loaded from the host tier cannot be part of a decode CUDA graph: "
         f"use --cuda-graph-backend-decode disabled, {_ONE_TIER}",
     ),
@@ -223,9 +191,9 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "two tiers and kernels on CUDA",
-        lambda a: _tiers_on_cuda(a) and getattr(a, "psa_backend", None) != "triton",
+        lambda a: _tiers_on_cuda(a) and graph_args.kernels(a) != "triton",
         "on a GPU pages are brought from the host tier by Triton's kernels alone: use "
-        f"--psa-backend triton, {_ONE_TIER}",
+        f"--psa-backend auto or triton, {_ONE_TIER}",
     ),
     Refusal(
         "two tiers and a host file on CUDA",
@@ -235,7 +203,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "two tiers and prefill",
-        lambda a: _tiered(a) and _other_prefill(a),
+        lambda a: tiered(a) and _other_prefill(a),
         "another prefill backend reads a KV cache that is not all in memory: use "
         f"--attention-backend psa alone, {_ONE_TIER}",
     ),

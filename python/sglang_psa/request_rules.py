@@ -21,7 +21,7 @@ from sgl_psa import static_plan
 from sgl_psa.config import ConfigError
 from sgl_psa.policies import POLICIES
 from sgl_psa.rule import REQUEST_PREFIX, RequestRule
-from sglang_psa import compat, refusals
+from sglang_psa import compat, graph_args
 from sglang_psa.hooks import Hook, Kind
 from sglang_psa.server_args import psa_config, uses_psa
 from sglang_psa.token_ids import check_token_ids
@@ -69,7 +69,7 @@ def rule_of(manager: Any, params: Mapping[str, Any] | None) -> RequestRule:
     custom = effective.get("custom_params")
     config = psa_config(manager.server_args)
     rule = RequestRule.parse(custom if isinstance(custom, Mapping) else None, config)
-    if refusals.decode_graph(manager.server_args) != "disabled":
+    if graph_args.decode_graph(manager.server_args) != "disabled":
         static_plan.check_policy(POLICIES[rule.policy], REQUEST_PREFIX)
     return rule
 

@@ -21,6 +21,7 @@ from sgl_psa.policies import legal
 from sglang_psa import (
     compat,
     defaults,
+    graph_args,
     hooks,
     model_folder,
     prefix_budgets,
@@ -73,6 +74,7 @@ class PSAServerArgs(ServerArgs):
             defaults.apply_psa_defaults(self)
         except ValueError as error:
             raise StartUpError(str(error)) from None
+        sizes_given = graph_args.sizes_given(self)
         super().__post_init__()
         if not uses_psa(self):
             raise StartUpError(
@@ -80,6 +82,8 @@ class PSAServerArgs(ServerArgs):
                 "only: serve it without --attention-backend psa"
             )
         self._refuse_illegal()
+        if not sizes_given:
+            graph_args.limit_sizes(self, self.get_model_config())
 
     def check_server_args(self) -> None:
         """SGLang's own check, then ours: every hook in place, no illegal combination."""

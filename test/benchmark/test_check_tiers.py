@@ -67,6 +67,7 @@ def test_servers_are_compared(monkeypatch, tmp_path, capsys, changes, status, sa
         flags = dict(zip(given[::2], given[1::2], strict=True))
         assert flags["--psa-backend"] == "triton" and flags["--device"] == "cuda"
         assert flags["--psa-min-context"] == "0" and "--psa-host-path" not in flags
+        assert flags["--cuda-graph-backend-decode"] == "disabled"
 
 
 def test_prompts_share_prefixes_and_take_several_chunks() -> None:

@@ -30,8 +30,15 @@ def test_flashinfer_needs_triton_and_its_package(monkeypatch: pytest.MonkeyPatch
         resolve_backend("flashinfer", "cuda")
 
 
-def test_auto_on_cuda_stays_with_torch() -> None:
+def test_auto_on_cuda_is_triton_where_it_is_installed(monkeypatch, caplog) -> None:
+    assert resolve_backend("auto", "cuda") == "triton"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert resolve_backend("auto", "cuda") == "torch"
+    assert "pip install triton" in caplog.text
+
+
+def test_auto_elsewhere_is_torch() -> None:
+    assert resolve_backend("auto", "xpu") == "torch"
 
 
 @pytest.mark.parametrize("asked", ["cpu", "reference"])

@@ -3,10 +3,13 @@ as over the reference's int8 host."""
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from sgl_psa_kernels.page_tier import TritonTier
-from sglang_psa import prefill, tiered_report
+from sgl_psa_kernels.progressive_decode import progressive_decode
+from sglang_psa import attention_backend, prefill, tiered_report
 
+from sgl_psa import kernel_check, wrapper
 from test.plugin.engine_parts import DIM, KV_HEADS, LAYERS, PAGE, SLOTS, Driver, make_backend
 
 FRAME = 2 * KV_HEADS * PAGE * DIM * 4
@@ -56,3 +59,19 @@ def test_prefill_and_decode_are_those_of_the_resident_pool(monkeypatch) -> None:
     assert not pool.tier.tier.tables.filled[:, pages.long()].any()
     scheduler = SimpleNamespace(ps=SimpleNamespace(dp_rank=None, tp_rank=0, tp_size=1))
     assert tiered_report.section(pool, scheduler, None)["loads"] > 0
+
+
+def test_a_server_whose_kernels_are_wrong_does_not_start(monkeypatch) -> None:
+    """As on a GPU, where the kernels are checked; here a part of the cache that is quick."""
+    monkeypatch.setattr(attention_backend, "interpreted", lambda: False)
+    monkeypatch.setattr(kernel_check, "PAGES", 14)
+    settings = {"backend": "triton", "scorer": "sketch", "group_pages": 2, "delta": 0.3}
+    assert make_backend(monkeypatch, **settings).pool.kernel_backend == "triton"
+
+    def halved(*args, **kwargs):
+        out, lse, stats = progressive_decode(*args, **kwargs)
+        return out / 2, lse, stats
+
+    monkeypatch.setattr(wrapper, "progressive_decode", halved)
+    with pytest.raises(kernel_check.KernelCheckError, match="use --psa-backend torch"):
+        make_backend(monkeypatch, **settings)
