@@ -152,6 +152,22 @@ def test_ties_go_to_the_lower_page(backend: str) -> None:
     assert 1 < want[2][0, 0, 0] < 20
 
 
+@pytest.mark.parametrize("rule", [(MARGINAL, -5.0, 0.0, 0.0), (COVERAGE, -0.5, 0.0, 0.0)])
+@pytest.mark.parametrize("step", [0.01, 0.5])
+def test_many_pages_of_about_the_same_estimate(rule: tuple, step: float, backend: str) -> None:
+    """Which of them are attended, and how many, is decided by their order; many of them tie."""
+    batch = make_batch(Case(torch.float32, 64, 1, 1, 3, (900,)))
+    batch.k[:] = 0  # so every page has the same mass
+    rng, pages = torch.Generator().manual_seed(8), batch.page_table.shape[1]
+    log_mass = (torch.randn(1, 3, pages, generator=rng) / step).round() * step + 1.0
+    want, got = torch.empty(1, 1, pages).byte(), torch.empty(1, 1, pages).byte()
+    options = {"group_pages": 40}
+    exact = decode(batch, log_mass, rule, "reference", exact=True, attended=want, **options)
+    check(batch, decode(batch, log_mass, rule, backend, attended=got, **options), exact)
+    assert torch.equal(got, want)
+    assert 300 < exact[2][0, 0, 0] < 850
+
+
 def test_large_and_tiny_logits_stay_finite(backend: str) -> None:
     batch = make_batch(Case(torch.float32, 64, 16, 1, 4, (700,)), spread=60.0)
     assert true_log_mass(batch).nan_to_num(0.0).abs().max() > 100

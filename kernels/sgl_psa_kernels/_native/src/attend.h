@@ -44,9 +44,6 @@ struct HeadState {
 
 // Tokens whose values are added before the next head's turn: a head alone has no other to wait for.
 constexpr int VALUE_TOKENS_ONE_HEAD = 16, VALUE_TOKENS_ALL_HEADS = 8;
-// Distance in tokens between what is attended and what is brought to a cache, first keys, then
-// values, then the next block's keys. A row takes about a tenth of the latency of memory.
-constexpr int AHEAD_ONE_HEAD = 40, AHEAD_ALL_HEADS = 8;
 // Rows of at most so many bytes have room in L1 when they come so far ahead; longer ones go to L2,
 // as those of a dim of 0 do, which may be any.
 constexpr int NEAR_ROW_BYTES = 256;
@@ -237,18 +234,19 @@ __attribute__((noinline)) void attend_block(HeadState& st, int num_heads, int gr
                                             const BlockSpace<T>& s, const PageMass& wanted) {
   const int heads = ONE ? 1 : num_heads;
   const int D = DT ? DT : dim, tokens = s.now.tokens, pitch = s.pitch;
-  constexpr int distance = ONE ? AHEAD_ONE_HEAD : AHEAD_ALL_HEADS;
+  const auto distance = [&](int done) { return ONE ? s.ahead_of(done) : AHEAD_ALL_HEADS; };
   constexpr int value_tokens = ONE ? VALUE_TOKENS_ONE_HEAD : VALUE_TOKENS_ALL_HEADS;
   if (ONE) translate(s.ahead, D);
   for (int t = 0; t < tokens; t += 4)
     for (int h = 0; h < heads; h++) {
       const int64_t k_at = h * s.k_head, v_at = h * s.v_head;
       const T *row[4], *next[4];
+      const int far = distance(t + 4);
       for (int u = 0; u < 4; u++) {
         // Rows behind the last token repeat it: unused slots are never read.
         row[u] = s.now.k[std::min(t + u, tokens - 1)] + k_at;
         // What is read anyway stands for nothing to fetch.
-        const int i = t + u + distance;
+        const int i = t + u + far;
         next[u] = i < tokens            ? s.now.k[i] + k_at
                   : i - tokens < tokens ? s.now.v[i - tokens] + v_at
                                         : row[u];
@@ -273,8 +271,9 @@ __attribute__((noinline)) void attend_block(HeadState& st, int num_heads, int gr
       const int64_t k_at = h * s.k_head, v_at = h * s.v_head;
       const int count = std::min(value_tokens, tokens - t);
       const T* next[VALUE_TOKENS_ONE_HEAD];
+      const int far = distance(tokens + t + count);
       for (int u = 0; u < count; u++) {
-        const int i = t + u + distance;
+        const int i = t + u + far;
         next[u] = i < tokens                    ? s.now.v[i] + v_at
                   : i - tokens < s.ahead.tokens ? s.ahead.k[i - tokens] + k_at
                                                 : s.now.v[t + u] + v_at;

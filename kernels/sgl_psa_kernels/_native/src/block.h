@@ -10,6 +10,9 @@ namespace psa {
 
 // Pages are attended in blocks of about this many tokens, to spread the cost of a softmax step.
 constexpr int BLOCK_TOKENS = 64;
+// Distance in tokens between what is attended and what is brought to a cache, first keys, then
+// values, then the next block's keys. A row takes about a tenth of the latency of memory.
+constexpr int AHEAD_ONE_HEAD = 40, AHEAD_ALL_HEADS = 8;
 
 // Where the rows of a page begin, for the first KV head.
 template <class T>
@@ -83,6 +86,15 @@ struct BlockSpace {
   int64_t k_head, v_head;  // strides from one KV head to the next
   float *logits, *weights;
   int pitch;
+  // How far ahead of what one KV head attends rows are brought: `lead` tokens when the block ends,
+  // `extra` more when it begins. Whoever has brought so many of them meanwhile has kept memory busy
+  // between two blocks, and the block asks for the fewer.
+  int lead = AHEAD_ONE_HEAD, extra = 0;
+
+  int ahead_of(int done) const {
+    constexpr int steps = 2 * BLOCK_TOKENS;  // of a block: its keys, its values
+    return lead + std::max(0, extra * (steps - done) / steps);
+  }
 
   static size_t bytes(int heads, int tokens) {
     return 4 * Scratch::need<const T*>(tokens) + 2 * Scratch::need<int16_t>(tokens) +

@@ -8,6 +8,11 @@
 
 namespace psa {
 
+// As AHEAD_ONE_HEAD, when a block of the loop ends; and keys of the next block that are brought at
+// each of a few places between two blocks, where memory would wait for the rule. More at once would
+// find no buffers free, and be dropped.
+constexpr int AHEAD_LOOP = 48, AT_ONCE = 4;
+
 template <class T, class Pool = RowPool<T>>
 class Progressive {
  public:
@@ -27,7 +32,7 @@ class Progressive {
     const int tokens = step_ * a.rows.page_size;
     scratch.reset(HeadState::bytes(group_, dim_) + Estimates::bytes(group_, n_) +
                   BlockSpace<T>::bytes(group_, tokens) + Ranking::bytes(n_) +
-                  Scratch::need<int>(n_) + Scratch::need<int>(step_) +
+                  Scratch::need<int>(n_) + 2 * Scratch::need<int>(step_) +
                   2 * Scratch::need<float>(group_ * step_pitch_) +
                   3 * Scratch::need<float>(group_) + 2 * Scratch::need<Residuals>(group_) +
                   Scratch::need<LeftMass>(group_));
@@ -35,9 +40,11 @@ class Progressive {
     left_.take(scratch, group_, n_);
     space_.take(scratch, group_, tokens);
     space_.k_head = space_.v_head = 0;
+    space_.lead = AHEAD_LOOP;
     order_.take(scratch, n_);
     picked_ = scratch.take<int>(n_);
     then_ = scratch.take<int>(step_);
+    filled_ = scratch.take<int>(step_);
     mass_ = scratch.take<float>(group_ * step_pitch_);
     estimate_ = scratch.take<float>(group_ * step_pitch_);
     total_ = scratch.take<float>(group_);
@@ -79,8 +86,8 @@ class Progressive {
     if (!count) return;
     pool_.expect(pages, count, then, then_count);
     if constexpr (Pool::RESIDENT) {
-      fill(space_.now, pages, count);
-      if (!brought) bring(0, AHEAD_ONE_HEAD);
+      if (!foreseen(pages, std::min(step_, count))) fill(space_.now, pages, count);
+      if (!brought) bring(0, AHEAD_LOOP);
     }
     const PageMass wanted{compare ? mass_ : nullptr, step_pitch_, a_.rows.page_size};
     for (int i = 0; i < count; i += step_) {
@@ -90,20 +97,28 @@ class Progressive {
       pool_.need(pages + i, end - i, next, next_count);
       if constexpr (!Pool::RESIDENT) {
         fill(space_.now, pages + i, end - i);
-        if (!brought && !i) bring(0, AHEAD_ONE_HEAD);
+        if (!brought && !i) bring(0, AHEAD_LOOP);
       }
       pool_.fill_next(space_.ahead, next, next_count, head_);
+      space_.extra = std::max(0, asked_ - AHEAD_LOOP);
       attend_block_(st_, 1, group_, dim_, space_, wanted);
       pool_.done();
       tokens_done_ += space_.now.tokens;
-      leave(pages + i, end - i, compare);
       if constexpr (Pool::RESIDENT) {
         std::swap(space_.now, space_.ahead);
-        // What the rule computes from the masses takes long enough for the rest to come, too.
-        if (compare) bring(AHEAD_ONE_HEAD, space_.now.tokens);
+        asked_ = AHEAD_LOOP;
+        ask();
       }
+      leave(pages + i, end - i, compare);
+      ask();
     }
     pages_done_ += count;
+    num_filled_ = std::min(step_, then_count);
+    std::copy(then, then + num_filled_, filled_);
+  }
+  // Whether space_.now has these pages already.
+  bool foreseen(const int* pages, int count) const {
+    return count == num_filled_ && std::equal(pages, pages + count, filled_);
   }
   void fill(Block<T>& b, const int* pages, int count) {
     pool_.fill(b, pages, std::min(step_, count), head_);
@@ -115,17 +130,27 @@ class Progressive {
       bytes <= NEAR_ROW_BYTES ? prefetch_range<true>(space_.now.k[t], bytes)
                               : prefetch_range(space_.now.k[t], bytes);
   }
+  // Has a few more keys of the block that is likely to follow fetched.
+  void ask() {
+    if (asked_ < AHEAD_LOOP || asked_ >= space_.now.tokens) return;
+    bring(asked_, asked_ + AT_ONCE);
+    asked_ += AT_ONCE;
+  }
 
   // The pages of one block leave the estimates.
   void leave(const int* pages, int count, bool compare) {
     for (int g = 0; g < group_; g++) {
+      if (mode_ == PSA_MARGINAL) {
+        for (int i = 0; i < count; i++) left_.head(g)[pages[i]] = -INF;
+        continue;
+      }
       float *from = left_.head(g), *to = estimate_ + g * step_pitch_;
       for (int i = 0; i < count; i++) {
         to[i] = from[pages[i]];
         from[pages[i]] = -INF;
       }
       for (int i = count; i < padded(count); i++) to[i] = -INF;
-      if (ranked_ && mode_ != PSA_MARGINAL) rest_[g].subtract(to, count);
+      if (ranked_) rest_[g].subtract(to, count);
       const float* exact = mass_ + g * step_pitch_;
       for (int i = 0; compare && i < count; i++) residuals_[g].add(exact[i], to[i]);
     }
@@ -197,11 +222,28 @@ class Progressive {
     return std::max(a_.group_pages, std::min(end, n_) - pages_done_);
   }
 
-  // The mass that a page has to exceed by the marginal rule, as things stand.
+  // The mass that a page has to exceed by the marginal rule, as things stand; and what is known of
+  // pages by their keys alone, with a margin for rounding.
   void set_bars() {
-    for (int g = 0; g < group_; g++) bar_[g] = st_.log_mass(g) + a_.threshold[row_];
+    sure_ = -INF;
+    never_ = INF;
+    // What lies behind the heads in m and l is of the same piece of memory, and of no consequence.
+    for (int g = 0; g < group_; g += LANES)
+      storeu(bar_ + g, loadu<F>(st_.m + g) + log(loadu<F>(st_.l + g)) + a_.threshold[row_]);
+    for (int g = 0; g < group_; g++) {
+      sure_ = std::max(sure_, bar_[g] - total_[g]);
+      never_ = std::min(never_, bar_[g] - total_[g]);
+    }
+    const float margin = 1e-3f + 1e-5f * std::max(std::abs(sure_), std::abs(never_));
+    sure_ += margin;
+    never_ -= margin;
   }
-  bool worth(int page) const {
+  // Whether the page `ahead` places behind the next one passes the marginal rule.
+  bool worth(int ahead) const {
+    const float key = order_.key(ahead);
+    if (key > sure_) return true;
+    if (key < never_) return false;
+    const int page = order_.peek(ahead);
     bool more = false;
     for (int g = 0; g < group_; g++) more |= left_.head(g)[page] > bar_[g];
     return more;
@@ -216,21 +258,24 @@ class Progressive {
     };
     for (;;) {
       set_bars();
+      ask();
       const int size = group_size();
       int count = 0;
       // The whole group is judged against the mass attended before it.
       while (count < size) {
-        order_.prepare(1, keep);
+        order_.prepare(1, never_, keep);
         if (!order_.prepared()) break;
+        const bool wanted = worth(0);
         const int page = order_.pop();
-        if (worth(page)) picked_[count++] = page;
+        if (wanted) picked_[count++] = page;
       }
       if (!count) break;
+      ask();
       int then = 0;
       if (count == size) {
-        order_.prepare(step_, keep);
+        order_.prepare(step_, never_, keep);
         for (int i = 0; i < order_.prepared() && then < step_; i++)
-          if (worth(order_.peek(i))) then_[then++] = order_.peek(i);
+          if (worth(i)) then_[then++] = order_.peek(i);
       }
       attend(picked_, count, then_, then, rounds_ > 0, false);
       rounds_++;
@@ -244,11 +289,12 @@ class Progressive {
     for (;;) {
       bool stop = true;
       for (int g = 0; g < group_; g++) {
+        ask();
         rest_[g].refresh(left_, g);
         stop &= rest_[g].log_sum() + kappa_[g] <= st_.log_mass(g) + threshold;
       }
       const int size = group_size();
-      order_.prepare(size > n_ - step_ ? n_ : size + step_, keep);
+      order_.prepare(size > n_ - step_ ? n_ : size + step_, -INF, keep);
       if (stop || !order_.prepared()) break;
       if (mode_ == PSA_COVERAGE) next_group();
       int count = 0, then = 0;
@@ -288,7 +334,10 @@ class Progressive {
   Estimates left_;
   Ranking order_;
   int *picked_, *then_;
+  int *filled_, num_filled_ = 0;  // pages that space_.now was filled with ahead of time
+  int asked_ = 0;                 // keys of it that were asked for between blocks, and before them
   float *total_, *kappa_, *bar_;
+  float sure_ = 0, never_ = 0;       // keys above pass the marginal rule, keys below do not
   float *mass_, *estimate_;          // of the pages of a block, [G][step_pitch_]
   Residuals *residuals_, *earlier_;  // of the last group (conservative: of all), of those before
   LeftMass* rest_;                   // follows left_ once the pages are ranked; marginal: at the end

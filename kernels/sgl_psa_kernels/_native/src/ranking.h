@@ -34,18 +34,28 @@ class Ranking {
   }
 
   // Puts `count` more pages in order, as far as there are so many. keep(p): which of the pages
-  // p .. p + LANES are still wanted, -1 or 0; one that is not wanted may be dropped for good.
+  // p .. p + LANES are still wanted, -1 or 0; one that is not wanted may be dropped for good, as all
+  // with keys up to `least` may.
   template <class Keep>
-  void prepare(int count, Keep keep) {
-    while (size_ - next_ < count && below_ > -INF) gather(keep);
+  void prepare(int count, float least, Keep keep) {
+    while (size_ - next_ < count && below_ > least) gather(keep);
   }
   int prepared() const { return size_ - next_; }
   // The page `ahead` places behind the next one, ahead < prepared().
   int peek(int ahead) const { return (int)(uint32_t)entries_[next_ + ahead]; }
+  float key(int ahead) const {
+    const uint32_t u = (uint32_t)(entries_[next_ + ahead] >> 32);
+    const uint32_t bits = (u >> 31) ? u : u ^ 0x7fffffffu;
+    float key;
+    std::memcpy(&key, &bits, 4);
+    return key;
+  }
   int pop() { return (int)(uint32_t)entries_[next_++]; }
 
  private:
   static constexpr float BAND = 1.5f, DEEPEST = -80.0f;
+  static constexpr int FEW = 64;
+  typedef uint64_t W __attribute__((vector_size(LANES * 4)));
 
   static int padded(int pages) { return (pages + LANES - 1) / LANES * LANES; }
 
@@ -57,18 +67,36 @@ class Ranking {
     F left = set1(-INF);
     for (int p = 0; p < pages_; p += LANES) {
       const F key = loadu<F>(keys_ + p);
-      const I open = (key <= set1(upper_)) & (key > set1(-INF));
-      if (!any(open)) continue;
-      const I wanted = open & keep(p), now = wanted & (key > set1(lower));
-      left = max(left, (wanted & ~now) ? key : set1(-INF));
-      for (uint32_t lanes = mask_of(now); lanes; lanes &= lanes - 1) {
+      const I below = key <= set1(lower), now = ~below & (key <= set1(upper_));
+      left = max(left, below ? key : set1(-INF));
+      if (!any(now)) continue;
+      for (uint32_t lanes = mask_of(now & keep(p)); lanes; lanes &= lanes - 1) {
         const int i = __builtin_ctz(lanes);
         entries_[size_++] = entry(keys_[p + i], p + i);
       }
     }
-    std::sort(entries_ + first, entries_ + size_);
+    sort(entries_ + first, size_ - first);
     upper_ = lower;
     below_ = hmax(left);
+  }
+
+  // Smallest first; entries differ. Halves until each of a few has its place by the number of those
+  // before it: comparing all of them takes no branches.
+  static void sort(uint64_t* x, int count) {
+    if (count > FEW) {
+      std::nth_element(x, x + count / 2, x + count);
+      sort(x, count / 2);
+      return sort(x + count / 2, count - count / 2);
+    }
+    uint64_t from[FEW + LANES];
+    std::memcpy(from, x, count * sizeof(uint64_t));
+    for (int i = 0; i < count; i += LANES / 2) {
+      const W mine = loadu<W>(from + i);
+      W place{};
+      for (int j = 0; j < count; j++) place -= (W)(W{} + from[j] < mine);
+      for (int lane = 0; lane < std::min(LANES / 2, count - i); lane++)
+        x[place[lane]] = from[i + lane];
+    }
   }
 
   static uint64_t entry(float key, int page) {
