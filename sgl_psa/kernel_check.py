@@ -8,7 +8,6 @@ other queries. Heads, types and settings are the server's; the number of pages i
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -29,9 +28,23 @@ logger = logging.getLogger(__name__)
 
 #: Pages that attract the queries of a KV head, and the logits of their tokens and of all others.
 HOT_PAGES, HOT, COLD = 5, 7.0, -9.0
-#: Pages of the longest request; other settings than these decide nothing about a cache like this.
+#: Pages of the longest request.
 PAGES = 48
-KNOBS = {"min_context": 0, "coverage": 0.999, "delta": 1e-4, "correction_std": 0.0}
+#: Under which pages are attended or not by far.
+KNOBS: dict[str, Any] = {"min_context": 0, "coverage": 0.999, "delta": 1e-4, "correction_std": 0.0}
+#: Settings of the server that say which kernels run, and with which constants.
+KEPT = (
+    "stop",
+    "scorer",
+    "sketch_bits",
+    "summary_bits",
+    "group_pages",
+    "sink_pages",
+    "recent_pages",
+    "candidate_pages",
+    "conservative",
+    "compensate",
+)
 #: Rounding of weights and outputs, as multiples of the type's, and mass that is left unread.
 ROUNDINGS, LEFT = 4.0, 2e-3
 
@@ -74,8 +87,8 @@ def check_kernels(
     """Decode with the server's settings and shapes, and compare with dense attention.
 
     Args:
-        config: of the server. Its rule's knob and ``min_context`` are set to what the made-up
-            cache calls for; policies that choose pages outright are checked as ``psa``.
+        config: of the server, of which :data:`KEPT` counts; the policy is ``psa`` and, of one
+            request, ``dense``.
         shape: of the server's cache; only its number of layers and pages is another here.
         backend: kernel backend, from :func:`sgl_psa.backends.resolve_backend`.
         dtype: of queries, K and V.
@@ -107,17 +120,7 @@ def _check(
     num_qo_heads: int,
     make_graph: MakeGraph | None,
 ) -> None:
-    config = dataclasses.replace(
-        config,
-        policy="psa",
-        audit_rate=0.0,
-        predict=False,
-        budget_prior="",
-        device_pool_bytes=0,
-        host_pool_bytes=0,
-        host_path="",
-        **KNOBS,  # type: ignore[arg-type]
-    )
+    config = PSAConfig(**{name: getattr(config, name) for name in KEPT}, **KNOBS)
     case = make_case(shape, dtype, num_qo_heads)
     slots = case.k.shape[0]
     shape = shape._replace(num_layers=1, num_pages=slots // shape.page_size)

@@ -12,6 +12,7 @@ from sgl_psa.kernel_check import KernelCheckError, check_kernels
 from sgl_psa.scorers import SCORERS, CacheShape, Scorer
 from sgl_psa.stop import STOP_RULES
 
+TIERS = {"device_pool_bytes": 1 << 20, "host_pool_bytes": 1 << 24}
 SHAPE = CacheShape(7, 1000, 16, 2, 64, torch.device("cpu"))
 
 
@@ -34,7 +35,8 @@ def test_right_kernels_pass(scorer: str, stop: str, dtype: torch.dtype) -> None:
         {"predict": True, "stop": "coverage", "conservative": True},
         {"compensate": True, "sketch_bits": 1, "scorer": "rotated_sketch"},
         {"sink_pages": 0, "recent_pages": 7, "group_pages": 20, "candidate_pages": 3},
-        {"device_pool_bytes": 1 << 20, "host_pool_bytes": 1 << 24, "min_context": 10**6},
+        {**TIERS, "host_dtype": "int8", "min_context": 10**6},
+        {**TIERS, "placement": "even", "pipeline": False, "policy": "window"},
     ],
     ids=str,
 )
