@@ -26,6 +26,9 @@ from benchmark.gpu.check_pages import check_candidates, check_compensation
 from benchmark.gpu.check_steps import check_steps
 from benchmark.gpu.close import close
 from benchmark.gpu.pool import Pool, Sketch, make_pool, make_sketch, score
+from sgl_psa import kernel_check
+from sgl_psa.config import PSAConfig
+from sgl_psa.scorers import CacheShape
 
 INF = float("inf")
 #: (mode, threshold, kappa_floor, kappa_std), one a row.
@@ -189,6 +192,20 @@ def check_graph(shape: Shape, tiny: bool, device: str, backend: str = "triton") 
     return max(close("replay", a, b, 0.0, 0.0) for a, b in zip(captured, step(), strict=True))
 
 
+def check_start(shape: Shape) -> float:
+    """That of a server; it names the errors that it finds, and no number if it finds none."""
+    cache = CacheShape(1, 1, shape.page, shape.kv_heads, shape.dim, torch.device("cuda"))
+    kernel_check.check_kernels(
+        PSAConfig(),
+        cache,
+        backend="triton",
+        dtype=shape.dtype,
+        num_qo_heads=shape.kv_heads * shape.group,
+        make_graph=kernel_check.cuda_graph,
+    )
+    return 0.0
+
+
 def check_sketch(shape: Shape, tiny: bool, device: str, bits: int, rotated: bool) -> float:
     host, pool = pools(shape, tiny, device)
     want, got = (
@@ -310,6 +327,7 @@ def checks(tiny: bool, device: str) -> Iterator[tuple[str, Shape, Callable[[], f
                 shape,
                 lambda s=shape: check_graph(s, tiny, device),
             )
+            yield "start-up check, CUDA graph", shape, lambda s=shape: check_start(s)
         for bits in (1, 2, 4):
             for rotated in (False, True):
                 name = f"key_sketch, {bits} bit{', rotated' if rotated else ''}"
