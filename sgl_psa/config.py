@@ -54,6 +54,8 @@ PlacementName = Literal["demand", "lru", "even"]
 HostDtypeName = Literal["auto", "int8"]
 #: Stands for :data:`sgl_psa.crossover.CROSSOVER` of the kernels in use.
 AUTO_CONTEXT: Literal["auto"] = "auto"
+#: Stands for :data:`sgl_psa.groups.GROWTH` of the kernels in use.
+AUTO_PERCENT: Literal["auto"] = "auto"
 #: Stands for the policy's own default; a constructed PSAConfig holds a scorer's name instead.
 AUTO_SCORER = "auto"
 
@@ -126,8 +128,16 @@ class PSAConfig:
         ),
     ] = 16
     group_pages: Annotated[
-        int, Meta(ge=1, le=1024, description="Pages attended between two stop tests.")
+        int, Meta(ge=1, le=1024, description="Least pages attended between two stop tests.")
     ] = 4
+    group_percent: Annotated[
+        Annotated[int, Meta(ge=0, le=1000)] | Literal["auto"],
+        Meta(
+            description="Pages attended between two stop tests, as a percentage of those attended "
+            "before them, where that is more than GROUP_PAGES. auto: 0 on CPUs, 200 for Triton's "
+            "kernels, as a GPU has to read many pages at once."
+        ),
+    ] = AUTO_PERCENT
     sink_pages: Annotated[
         int, Meta(ge=0, le=1024, description="First pages of a request, always attended.")
     ] = 1

@@ -27,9 +27,9 @@ from sgl_psa.wrapper import PSADecodeWrapper
 logger = logging.getLogger(__name__)
 
 #: Pages that attract the queries of a KV head, and the logits of their tokens and of all others.
-HOT_PAGES, HOT, COLD = 5, 7.0, -9.0
+HOT_PAGES, HOT, COLD = 24, 7.0, -9.0
 #: Pages of the longest request.
-PAGES = 48
+PAGES = 96
 #: Under which pages are attended or not by far.
 KNOBS: dict[str, Any] = {"min_context": 0, "coverage": 0.999, "delta": 1e-4, "correction_std": 0.0}
 #: Settings of the server that say which kernels run, and with which constants.
@@ -39,6 +39,7 @@ KEPT = (
     "sketch_bits",
     "summary_bits",
     "group_pages",
+    "group_percent",
     "sink_pages",
     "recent_pages",
     "candidate_pages",
@@ -144,7 +145,7 @@ def _check(
     first, second = case.queries
     wrapper.plan(case.req_to_token, rows, case.seq_lens, table.rows(rows))
     out, _ = wrapper.run(0, first, case.k, case.v, case.sm_scale)
-    _compare("output", out, case, 0, config, wrapper.finish())
+    _compare("output", out, case, 0, wrapper, wrapper.finish())
     if make_graph is None:
         return
     planner = StaticPlanner(wrapper, len(rows), case.req_to_token.shape[1], num_qo_heads)
@@ -158,7 +159,7 @@ def _check(
     q.copy_(second)
     planner.plan(case.req_to_token, rows, case.seq_lens, table.rows(rows))
     graph.replay()
-    _compare("output of a CUDA graph", captured, case, 1, config, planner.finish())
+    _compare("output of a CUDA graph", captured, case, 1, wrapper, planner.finish())
 
 
 def make_case(shape: CacheShape, dtype: torch.dtype, num_qo_heads: int) -> Case:
@@ -219,10 +220,10 @@ def dense(case: Case, step: int) -> torch.Tensor:
 
 
 def _compare(
-    what: str, out: torch.Tensor, case: Case, step: int, config: PSAConfig, stats: Any
+    what: str, out: torch.Tensor, case: Case, step: int, wrapper: PSADecodeWrapper, stats: Any
 ) -> None:
     """Raises ValueError where an output is wrong, or more was read than the rule allows."""
-    want = dense(case, step)
+    config, want = wrapper.config, dense(case, step)
     error = (out.double().cpu() - want).abs().amax(dim=(1, 2))
     unit = max(torch.finfo(out.dtype).eps, 1e-5)
     bound = ROUNDINGS * unit * want.abs().max() + LEFT
@@ -235,7 +236,8 @@ def _compare(
     sparse = len(case.seq_lens) - 2
     heads = case.k.shape[1]
     read = stats.row(sparse).pages_attended / heads
-    most = config.sink_pages + max(config.recent_pages, 1) + HOT_PAGES + config.group_pages
+    wanted = config.sink_pages + max(config.recent_pages, 1) + HOT_PAGES
+    most = wanted + max(config.group_pages, wanted * wrapper.group_percent // 100)
     if not HOT_PAGES <= read <= most:
         raise ValueError(f"{what}: {read:g} pages read a KV head, {HOT_PAGES} to {most} expected")
 

@@ -13,6 +13,7 @@ from sgl_psa.budget import BudgetPrior
 from sgl_psa.config import PSAConfig
 from sgl_psa.crossover import min_context
 from sgl_psa.decode_step import DecodePlan, Parts, StepRecord
+from sgl_psa.groups import group_percent
 from sgl_psa.memory import legal as memory
 from sgl_psa.page_values import PageValues
 from sgl_psa.prediction import Predictor
@@ -70,6 +71,7 @@ class PSADecodeWrapper:
         self.values = PageValues(means if config.compensate else None, norms)
         self.config = config
         self.min_context = min_context(config, backend)
+        self.group_percent = group_percent(config, backend)
         self.scorer = scorer
         self.backend = backend
         self.page_size = scorer.shape.page_size
@@ -265,6 +267,7 @@ class PSADecodeWrapper:
             "sink_pages": config.sink_pages,
             "recent_pages": config.recent_pages,
             "group_pages": config.group_pages,
+            "group_percent": self.group_percent,
         }
         options |= {**forced, **of_rows, "log_mass": log_mass}
         if self.tier is not None:

@@ -48,7 +48,8 @@ def main() -> None:
     log_mass = torch.zeros(1, 8, batch.page_table.shape[1])
     first = torch.ones(1, 2, dtype=torch.int32)
     told = {"kappa_start": torch.zeros(1, 8), "residuals": torch.zeros(1, 8, 3)}
-    for options in ({"first_pages": first}, told, {"group_pages": 16, **told}):
+    growing = {"group_percent": 200, **told}
+    for options in ({"first_pages": first}, told, {"group_pages": 16, **told}, growing):
         decode(batch, log_mass, RULES["coverage-.8"], "triton", **options)
     decode(batch, None, RULES["dense"], "triton")
     flashinfer_rows.planned = unattended

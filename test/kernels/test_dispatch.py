@@ -54,6 +54,7 @@ def test_unknown_backend_names_the_choices() -> None:
         ({"page_size": 12}, "power of two"),
         ({"page_size": 4096}, "multiple of page_size"),
         ({"group_pages": 0}, "group_pages"),
+        ({"group_percent": -1}, "group_percent"),
         ({"sink_pages": -1}, "sink_pages"),
         ({"mode": torch.zeros(1, dtype=torch.int64)}, r"mode must be torch\.int32"),
         ({"seq_lens": torch.zeros(2, dtype=torch.int32)}, r"seq_lens must have shape \[1\]"),

@@ -136,9 +136,11 @@ def test_rules_mix_whatever_the_arena(fraction: float, pipeline: bool, host: str
     if fraction >= ONE_LAYER:
         tier.drain()  # a page that is being saved keeps its frame, so that others have to go
     first = torch.tensor([[40, 7], [0, 0], [500, 1], [3, 3], [9, 30], [0, 2], [1, 1], [2, 2]])
-    for step, (group, predicted) in enumerate(((3, False), (1, True), (40, False)), 1):
+    kinds = ((3, 0, False), (1, 0, True), (40, 0, False), (1, 120, False))
+    for step, (group, percent, predicted) in enumerate(kinds, 1):
         extra = {"first_pages": first.int()} if predicted else {}
-        assert_equal(both(batch, tier, RULES, step, predicted, group_pages=group, **extra))
+        extra |= {"group_pages": group, "group_percent": percent}
+        assert_equal(both(batch, tier, RULES, step, predicted, **extra))
     counters = tier.counters()
     assert tier.check() == []
     if not pipeline:

@@ -270,6 +270,30 @@ def test_first_group_follows_the_prediction(rule: str, group_pages: int, backend
     check(batch, decode(batch, log_mass, RULES[rule], backend, **options), want)
 
 
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "dense"])
+@pytest.mark.parametrize(("group_pages", "percent"), [(1, 60), (2, 200), (1, 2**31 - 1)])
+def test_groups_grow_with_what_is_attended(
+    rule: str, group_pages: int, percent: int, backend: str
+) -> None:
+    batch = make_batch(Case(torch.float32, 64, 16, 2, 3, (560, 16, 0, 600, 500)))
+    log_mass = estimates(batch)
+    options = {"group_pages": group_pages, "group_percent": percent}
+    if percent == 60:
+        options["first_pages"] = torch.tensor([[0, 7], [1, 9], [5, 5], [99, 1], [-4, 20]]).int()
+    want = decode(batch, log_mass, RULES[rule], "reference", exact=True, **options)
+    check(batch, decode(batch, log_mass, RULES[rule], backend, **options), want)
+
+
+def test_growing_groups_are_those_of_the_percentage(backend: str) -> None:
+    """40 pages, 3 of them forced: groups of 3 (100 % of 3), 6, 12, and the 16 that are left."""
+    batch = make_batch(Case(torch.float32, 64, 16, 1, 2, (640,)))
+    log_mass = true_log_mass(batch).float()
+    options = {"group_pages": 1, "group_percent": 100}
+    _, _, stats = decode(batch, log_mass, RULES["coverage-all"], backend, **options)
+    assert stats[0, 0, STAT_NAMES.index("pages_attended")] == 40
+    assert stats[0, 0, STAT_NAMES.index("rounds")] == 4
+
+
 def test_prediction_that_suffices_takes_one_round(backend: str) -> None:
     batch = make_batch(Case(torch.float32, 64, 16, 2, 3, (560,)))
     log_mass = estimates(batch)

@@ -58,6 +58,7 @@ def problems(draw):
         "sink_pages": draw(st.integers(0, 3)),
         "recent_pages": draw(st.integers(0, 3)),
         "group_pages": draw(st.integers(1, 6)),
+        "group_percent": draw(st.sampled_from([0, 40, 150])),
     }
 
 

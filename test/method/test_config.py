@@ -57,6 +57,8 @@ def test_document_may_be_a_file(tmp_path) -> None:
         ("budget_pages", 0),
         ("group_pages", 0),
         ("group_pages", 1.5),
+        ("group_percent", -1),
+        ("group_percent", "some"),
         ("recent_pages", 0),
         ("min_context", -1),
         ("min_context", "long"),

@@ -59,6 +59,7 @@ def test_every_field_has_a_flag_that_reaches_the_config(monkeypatch, tmp_path):
         "sketch_bits": 4,
         "summary_bits": 8,
         "group_pages": 3,
+        "group_percent": 150,
         "sink_pages": 0,
         "recent_pages": 5,
         "min_context": 7,

@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 
 OK = 0
 BAD_SEQ_LEN = 1
@@ -55,7 +55,7 @@ class DecodeArgs(ctypes.Structure):
 
     _fields_ = [
         ("rows", Rows),
-        *_fields(c_int32, "sink_pages recent_pages group_pages reserved"),
+        *_fields(c_int32, "sink_pages recent_pages group_pages group_percent"),
         *_fields(c_int64, "k_token_stride k_head_stride v_token_stride v_head_stride"),
         *_fields(c_void_p, "k v log_mass mode threshold kappa_floor kappa_std out lse stats"),
         *_fields(c_void_p, "first_pages attended kappa_start residuals"),

@@ -156,7 +156,7 @@ class NativeTier(PageTier):
         head.q_row_stride, head.q_head_stride, _ = q.stride()
         head.sm_scale, head.num_threads = given.sm_scale, torch.get_num_threads()
         decode.sink_pages, decode.recent_pages = given.sink_pages, given.recent_pages
-        decode.group_pages = given.group_pages
+        decode.group_pages, decode.group_percent = given.group_pages, given.group_percent
         decode.out, decode.lse, decode.stats = out.data_ptr(), lse.data_ptr(), stats.data_ptr()
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in optional]
         decode.log_mass, decode.first_pages, decode.attended = pointers[:3]

@@ -53,6 +53,7 @@ def progressive_decode(
     recent_pages: int,
     group_pages: int,
     backend: str,
+    group_percent: int = 0,
     first_pages: torch.Tensor | None = None,
     attended: torch.Tensor | None = None,
     kappa_start: torch.Tensor | None = None,
@@ -62,10 +63,9 @@ def progressive_decode(
 
     The G = Hq // Hkv query heads of a KV head share one selection. Forced pages (the first
     ``sink_pages``, the last ``recent_pages``, the last page, and every page whose ``log_mass`` is
-    +inf) are attended first; then groups of ``group_pages`` pages in order of their largest
-    normalised estimated mass, until the rule of the row stops. ``reference.py`` is the exact
-    specification. Slots behind ``seq_lens`` and page table entries behind the last page of a row
-    are never read.
+    +inf) are attended first; then groups of pages in order of their largest normalised estimated
+    mass, until the rule of the row stops. ``reference.py`` is the exact specification. Slots behind
+    ``seq_lens`` and page table entries behind the last page of a row are never read.
 
     Args:
         q: [B, Hq, D] bf16 | fp16 | fp32; query head h uses KV head h // G.
@@ -84,12 +84,15 @@ def progressive_decode(
         page_size: tokens per page, a power of two.
         sm_scale: softmax scale, usually D ** -0.5.
         sink_pages, recent_pages: first and last pages that are always attended, >= 0.
-        group_pages: pages per round, >= 1.
+        group_pages: least pages per round, >= 1.
         backend: "reference", "torch" (any device), "cpu" (C++), "triton" or "flashinfer" (CUDA;
             Triton's with lists of pages attended by FlashInfer).
+        group_percent: a group has as many pages as this percentage, >= 0, of those attended before
+            it, rounded down, where that is more than ``group_pages``: rounds are then few where
+            budgets are large.
         first_pages: int32 [B, Hkv], the prediction that makes one round enough: the first group
             is as large as it takes to have attended this many pages after it, forced ones
-            included, and at least ``group_pages``. None: every group has ``group_pages``.
+            included, and at least what a group has otherwise.
         attended: uint8 [B, Hkv, max_pages], contiguous, written if given: 1 for every page that
             was attended, 0 for all others.
         kappa_start: float32 [B, Hq], coverages only, not NaN: a correction known beforehand. It is
@@ -135,6 +138,7 @@ def progressive_decode(
         sink_pages,
         recent_pages,
         group_pages,
+        group_percent,
         first_pages,
         attended,
         kappa_start,
@@ -156,6 +160,7 @@ def progressive_decode(
         sink_pages=sink_pages,
         recent_pages=recent_pages,
         group_pages=group_pages,
+        group_percent=group_percent,
         first_pages=first_pages,
         attended=attended,
         kappa_start=kappa_start,

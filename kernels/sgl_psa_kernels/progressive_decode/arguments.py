@@ -22,6 +22,7 @@ class DecodeArguments(NamedTuple):
     sink_pages: int
     recent_pages: int
     group_pages: int
+    group_percent: int = 0
     first_pages: torch.Tensor | None = None
     attended: torch.Tensor | None = None
     kappa_start: torch.Tensor | None = None
@@ -61,4 +62,7 @@ class DecodeArguments(NamedTuple):
         )
         checks.require(
             self.group_pages >= 1, f"{op}: group_pages must be >= 1, got {self.group_pages}"
+        )
+        checks.require(
+            self.group_percent >= 0, f"{op}: group_percent must be >= 0, got {self.group_percent}"
         )

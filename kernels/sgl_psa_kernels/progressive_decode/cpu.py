@@ -24,6 +24,7 @@ def progressive_decode(
     sink_pages: int,
     recent_pages: int,
     group_pages: int,
+    group_percent: int = 0,
     first_pages: torch.Tensor | None = None,
     attended: torch.Tensor | None = None,
     kappa_start: torch.Tensor | None = None,
@@ -46,6 +47,7 @@ def progressive_decode(
         sink_pages=sink_pages,
         recent_pages=recent_pages,
         group_pages=group_pages,
+        group_percent=group_percent,
     )
     stats = torch.empty(1, q.shape[0], k_cache.shape[1], NUM_STATS, dtype=torch.float32)
     out, lse = decode(

@@ -28,6 +28,7 @@ class PreparedDecode:
         sink_pages: int,
         recent_pages: int,
         group_pages: int,
+        group_percent: int = 0,
     ) -> None:
         op = "progressive_decode"
         require_cpu(op, q, k_cache, v_cache, page_table, seq_lens, mode, threshold)
@@ -47,6 +48,7 @@ class PreparedDecode:
             sink_pages=sink_pages,
             recent_pages=recent_pages,
             group_pages=group_pages,
+            group_percent=group_percent,
             k_token_stride=k_cache.stride(0),
             k_head_stride=k_cache.stride(1),
             v_token_stride=v_cache.stride(0),

@@ -100,6 +100,7 @@ def select_and_attend(
     sink_pages: int,
     recent_pages: int,
     group_pages: int,
+    group_percent: int,
     first_pages: int,
     kappa_start: torch.Tensor | None,
 ) -> tuple[list[float], torch.Tensor]:
@@ -136,7 +137,9 @@ def select_and_attend(
         key = (log_mass - log_total.unsqueeze(1)).amax(0).tolist()
         remaining.sort(key=lambda page: (-key[page], page))
     while remaining:
-        size = group_pages if rounds else max(group_pages, first_pages - len(head.attended))
+        size = max(group_pages, len(head.attended) * group_percent // 100)
+        if not rounds:
+            size = max(size, first_pages - len(head.attended))
         if rule.mode == MARGINAL:
             worth = (log_mass > (head.lse + rule.threshold).unsqueeze(1)).any(0)
             group = [page for page in remaining if worth[page]][:size]
@@ -182,6 +185,7 @@ def progressive_decode(
     sink_pages: int,
     recent_pages: int,
     group_pages: int,
+    group_percent: int = 0,
     first_pages: torch.Tensor | None = None,
     attended: torch.Tensor | None = None,
     kappa_start: torch.Tensor | None = None,
@@ -244,6 +248,7 @@ def progressive_decode(
                     sink_pages,
                     recent_pages,
                     group_pages,
+                    group_percent,
                     0 if first_pages is None else int(first_pages[b, h]),
                     None if kappa_start is None else kappa_start[b, heads].to(work),
                 )

@@ -132,6 +132,7 @@ def progressive_decode(
     sink_pages: int,
     recent_pages: int,
     group_pages: int,
+    group_percent: int = 0,
     first_pages: torch.Tensor | None = None,
     attended: torch.Tensor | None = None,
     kappa_start: torch.Tensor | None = None,
@@ -191,10 +192,10 @@ def progressive_decode(
         kappa = torch.where((kind == COVERAGE)[:, None], lowest, kappa)
     kappa = torch.where(safe[:, None], correction(seen, std, lowest), kappa)
     running = sparse & (scored > 0)
-    ends, size = None, group_pages
-    if first_pages is not None:
-        ends = first_pages.flatten().long()
-        size = max(size, min(int(ends.max()), max_pages)) if batch else size
+    ends = None if first_pages is None else first_pages.flatten().long()
+    # No row of those that run has attended more pages than this, as far as the host knows.
+    most = int((forced & sparse[:, None]).sum(1).max()) if batch else 0
+    predicted = min(int(ends.max()), max_pages) if batch and ends is not None else 0
     while True:
         left = exists & ~state.done & running[:, None]
         worth = (estimate > (state.lse + limit[:, None])[..., None]).any(1)
@@ -204,11 +205,14 @@ def progressive_decode(
         running = wanted.any(1)
         if not bool(running.any()):
             break
+        size = min(max(group_pages, most * group_percent // 100, predicted), max_pages)
         index, valid = _first(wanted, order, size)
+        done = state.done.sum(1)
+        room = (done * group_percent // 100).clamp(min=group_pages)
         if ends is not None:
-            room = (ends - state.done.sum(1)).clamp(min=group_pages)
-            valid &= place[: valid.shape[1]] < room[:, None]
-            ends, size = None, group_pages
+            room = room.maximum(ends - done)
+        valid &= place[: valid.shape[1]] < room[:, None]
+        ends, predicted, most = None, 0, min(most + size, max_pages)
         exact = state.attend(index, valid)
         rounds += running
         guess = known.gather(2, index[:, None].expand_as(exact))

@@ -1,12 +1,11 @@
 """Progressive decode attention in Triton: a fixed sequence of launches, no word to the host.
 
 Forced pages (of a dense row: all) are attended by chunks of a list, so are a predicted first group
-and, where groups are large, the first ``WIDE_ROUNDS`` ones: a list of many pages is split over
-programs, and their results are merged by log-sum-exp. One program per row and KV head goes on round
-by round until its rule stops. Counts, lists and stop flags stay on the device, and shapes follow
-from the capacity alone, so a step can be captured in a CUDA graph. With small groups and without
-``first_pages`` all rounds run in those B * Hkv programs, too few to fill a GPU when the batch is
-small: predict the first group there, or make groups larger.
+and, in a number of rounds that follows from the capacity (:func:`wide_rounds`), large groups: a
+list of many pages is split over programs, and their results are merged by log-sum-exp. Groups that
+are smaller come before them, and what is left when those rounds are over behind them, in one
+program per row and KV head, round by round. Counts, lists and stop flags stay on the device, and
+shapes follow from the capacity alone, so a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -26,13 +25,15 @@ from sgl_psa_kernels.triton_support import (
 )
 
 #: A list of pages is cut into chunks of at least so many tokens, and at most so many chunks.
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 128
 CHUNKS = 64
 #: Programs a multiprocessor in a launch over chunks; longer lists take several turns.
 PROGRAMS = 8
-#: Groups of at least so many tokens are split over programs, in so many rounds; later ones are not.
+#: Groups of at least so many tokens are split over programs, in at most so many rounds; later ones
+#: are not. Groups that do not grow have the first ``EQUAL_ROUNDS`` of theirs split.
 WIDE_TOKENS = 256
-WIDE_ROUNDS = 2
+WIDE_ROUNDS = 6
+EQUAL_ROUNDS = 2
 #: Pages that are put in order at a time, and looked at at a time.
 WINDOW = 256
 STEP = 64
@@ -57,6 +58,20 @@ def tile_pages(page_size: int, tokens: int) -> dict[str, int]:
     return {"PAGES": tokens // part, "PART": part}
 
 
+def wide_rounds(pages: int, page_size: int, group_pages: int, group_percent: int) -> int:
+    """Rounds of groups split over programs in which a row of ``pages`` pages can be attended to
+    its end, or as many as there may be."""
+    wide = max(1, WIDE_TOKENS // page_size)
+    if not group_percent:
+        return EQUAL_ROUNDS if group_pages >= wide else 0
+    done = 0 if group_pages >= wide else -(-wide * 100 // group_percent)
+    rounds = 0
+    while done < pages and rounds < WIDE_ROUNDS:
+        done += max(wide, group_pages, done * group_percent // 100)
+        rounds += 1
+    return rounds
+
+
 def progressive_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -74,6 +89,7 @@ def progressive_decode(
     sink_pages: int,
     recent_pages: int,
     group_pages: int,
+    group_percent: int = 0,
     first_pages: torch.Tensor | None = None,
     attended: torch.Tensor | None = None,
     kappa_start: torch.Tensor | None = None,
@@ -102,6 +118,7 @@ def progressive_decode(
     given += [kappa_floor, kappa_std, first_pages, attended, kappa_start, residuals, place, codes]
     select = kernels(op, f"{folder}.triton_select", *given)
     attend = kernels(op, f"{folder}.triton_attend", *given)
+    loop = kernels(op, f"{folder}.triton_rounds", *given)
     batch, num_q, dim = q.shape
     num_kv, pages = k_cache.shape[1], page_table.shape[1]
     group, pairs = num_q // num_kv, batch * num_kv
@@ -121,14 +138,16 @@ def progressive_decode(
         residuals.zero_()
     ints = empty(4, pairs, dtype=torch.int32)
     forced_count, scored, stale_count, group_count = ints.unbind()
-    progress, listed = empty(pairs, 4, dtype=torch.int32), empty(pairs, pages, dtype=torch.int32)
+    progress = empty(pairs, int(select.COLUMNS), dtype=torch.int32)
+    listed = empty(pairs, pages, dtype=torch.int32)
     rest, total, kappa = empty(3, pairs, group).unbind()
     latest, seen = empty(2, pairs, 3, group).unbind()
     state = empty(pairs, group, dim)
 
     estimates, told = log_mass is not None, log_mass is not None and residuals is not None
-    wide_rounds = WIDE_ROUNDS if group_pages * page_size >= WIDE_TOKENS else 0
-    wide_rounds = max(wide_rounds, int(first_pages is not None)) if estimates else 0
+    split = wide_rounds(pages, page_size, group_pages, group_percent) if estimates else 0
+    wide_pages = max(1, WIDE_TOKENS // page_size)
+    predicted = estimates and first_pages is not None
     heads = {"HKV": num_kv, "G": group}
     small = heads | {"GT": power_of_two(group), "PAGE": page_size}
     # Blocks of pages: of tiles with all heads, of keys alone, and of a launch over blocks.
@@ -195,22 +214,34 @@ def progressive_decode(
                 log_mass, mode, seq_lens, attended, lse, rest, total, key, pages,
                 **small, BLOCK=part,
             )  # fmt: skip
-        for number in range(wide_rounds):
+
+        def attend_wide(first: bool) -> None:
             select.next_group[(pairs,)](
                 log_mass, mode, seq_lens, threshold, kappa_floor, kappa_std, kappa_start,
                 first_pages, key, found, order, suffix, lse, total, latest, seen,
-                forced_count, scored, progress, listed, group_count, attended, pages, group_pages,
-                FIRST=number == 0, PREDICTED=first_pages is not None, **started, **small, **window,
+                scored, progress, listed, group_count, attended, pages, group_pages, group_percent,
+                FIRST=first, PREDICTED=predicted, **started, **small, **window,
             )  # fmt: skip
             attend_chunks(group_count, forced=False)
-        attend.rounds[(pairs,)](
-            *inputs, log_mass, mode, threshold, kappa_floor, kappa_std, kappa_start,
-            key, found, order, suffix, lse, total, latest, seen, scored, progress, group_count,
-            listed, state, attended, out, kappa, residuals,
-            *strides, pages, group_pages, sm_scale,
-            GROUPED=wide_rounds > 0, **started, **flags, **wide, **exact, **tile, **window,
-            **tiered,
-        )  # fmt: skip
+
+        def attend_alone(only_small: bool, grouped: bool) -> None:
+            loop.rounds[(pairs,)](
+                *inputs, log_mass, mode, threshold, kappa_floor, kappa_std, kappa_start,
+                key, found, order, suffix, lse, total, latest, seen, scored, progress, group_count,
+                listed, state, attended, out, kappa, residuals,
+                *strides, pages, group_pages, group_percent, wide_pages, sm_scale,
+                SMALL=only_small, GROUPED=grouped, **started, **flags, **wide, **exact, **tile,
+                **window, **tiered,
+            )  # fmt: skip
+
+        if predicted:
+            attend_wide(True)
+        small_first = split > 0 and group_pages < wide_pages
+        if small_first:
+            attend_alone(True, predicted)
+        for number in range(split):
+            attend_wide(number == 0 and not predicted and not small_first)
+        attend_alone(False, predicted or split > 0)
         select.statistics[(pairs,)](
             log_mass, mode, seq_lens, attended, lse, kappa, scored, stale_count, progress, stats,
             pages, **small, ESTIMATES=estimates, BLOCK=block, num_warps=8,

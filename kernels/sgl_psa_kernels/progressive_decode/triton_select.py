@@ -15,12 +15,21 @@ MARGINAL = tl.constexpr(1)
 COVERAGE = tl.constexpr(2)
 CONSERVATIVE = tl.constexpr(3)
 
-#: Columns of the state int32 [R, 4] between launches: place in the window, its pages, pages in
-#: windows before it, rounds taken; all 0 before the first group.
+#: The state int32 [R, COLUMNS] between launches: place in the window, its pages, pages in windows
+#: before it, rounds taken, all 0 before the first group; pages attended.
+COLUMNS = tl.constexpr(8)
 CURSOR = tl.constexpr(0)
 COUNT = tl.constexpr(1)
 BEHIND = tl.constexpr(2)
 PASSED = tl.constexpr(3)
+DONE = tl.constexpr(4)
+
+
+@triton.jit
+def group_size(done, n, group_pages, group_percent):
+    """Pages of the next group of a row of n pages that has attended ``done`` of them."""
+    share = tl.minimum(done.to(tl.int64) * group_percent // 100, n).to(tl.int32)
+    return tl.maximum(share, group_pages)
 
 
 @triton.jit
@@ -68,7 +77,8 @@ def survey(
     tl.store(scored + r, n - count)
     tl.store(stale_count + r, stale_pages)
     tl.store(rest + r * G + g, finite(top) + tl.log(total), mask=g < G)
-    tl.store(state + r * 4 + tl.arange(0, 4), tl.zeros([4], tl.int32))
+    column = tl.arange(0, COLUMNS)
+    tl.store(state + r * COLUMNS + column, tl.where(column == DONE, count, 0))
 
 
 @triton.jit
@@ -135,8 +145,8 @@ def kappa_now(
 @triton.jit
 def next_group(
     log_mass, mode, seq_lens, threshold, kappa_floor, kappa_std, kappa_start, first_pages,
-    key, found, order, suffix, lse, total, latest, seen, forced_count, scored, state,
-    group, group_count, attended, M, group_pages,
+    key, found, order, suffix, lse, total, latest, seen, scored, state,
+    group, group_count, attended, M, group_pages, group_percent,
     FIRST: tl.constexpr, PREDICTED: tl.constexpr, STARTED: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, GT: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
@@ -151,16 +161,16 @@ def next_group(
     g = tl.arange(0, GT)
     real = g < G
     heads = r * G + g
-    size = n * 0 + group_pages
-    cursor = tl.load(state + r * 4 + CURSOR)
-    count = tl.load(state + r * 4 + COUNT)
-    behind = tl.load(state + r * 4 + BEHIND)
-    passed = tl.load(state + r * 4 + PASSED)
+    cursor = tl.load(state + r * COLUMNS + CURSOR)
+    count = tl.load(state + r * COLUMNS + COUNT)
+    behind = tl.load(state + r * COLUMNS + BEHIND)
+    passed = tl.load(state + r * COLUMNS + PASSED)
+    done = tl.load(state + r * COLUMNS + DONE)
+    size = group_size(done, n, group_pages, group_percent)
     if FIRST:
         if PREDICTED:
-            forced = tl.load(forced_count + r)
             # The prediction may be any integer.
-            size = tl.maximum(size, tl.maximum(tl.load(first_pages + r), forced) - forced)
+            size = tl.maximum(size, tl.maximum(tl.load(first_pages + r), done) - done)
     else:
         # A group without pages is the last.
         left = tl.where(tl.load(group_count + r) > 0, left, 0)
@@ -177,10 +187,11 @@ def next_group(
         cursor, count, behind, G, GT, WINDOW, STEP, BLOCK,
     )  # fmt: skip
     tl.store(group_count + r, taken)
-    tl.store(state + r * 4 + CURSOR, cursor)
-    tl.store(state + r * 4 + COUNT, count)
-    tl.store(state + r * 4 + BEHIND, behind)
-    tl.store(state + r * 4 + PASSED, passed + (taken > 0).to(tl.int32))
+    tl.store(state + r * COLUMNS + CURSOR, cursor)
+    tl.store(state + r * COLUMNS + COUNT, count)
+    tl.store(state + r * COLUMNS + BEHIND, behind)
+    tl.store(state + r * COLUMNS + PASSED, passed + (taken > 0).to(tl.int32))
+    tl.store(state + r * COLUMNS + DONE, done + taken)
 
 
 @triton.jit
@@ -222,6 +233,6 @@ def statistics(
     tl.store(at, pages.to(tl.float32))
     tl.store(at + 1, tokens.to(tl.float32))
     tl.store(at + 2, tl.load(scored + r).to(tl.float32))
-    tl.store(at + 3, tl.load(state + r * 4 + PASSED).to(tl.float32))
+    tl.store(at + 3, tl.load(state + r * COLUMNS + PASSED).to(tl.float32))
     tl.store(at + 4, coverage * live)
     tl.store(at + 5, tl.load(stale_count + r).to(tl.float32))

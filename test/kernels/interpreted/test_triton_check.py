@@ -4,7 +4,7 @@ import pytest
 import torch
 from sgl_psa_kernels.progressive_decode import progressive_decode
 
-from sgl_psa import wrapper
+from sgl_psa import kernel_check, wrapper
 from sgl_psa.config import PSAConfig
 from sgl_psa.kernel_check import KernelCheckError, check_kernels
 from sgl_psa.scorers import CacheShape
@@ -41,5 +41,7 @@ def test_a_graph_with_what_a_replay_does_not_change_is_found(monkeypatch) -> Non
         return progressive_decode(torch.tensor(q.tolist(), dtype=q.dtype), *args, **kwargs)
 
     monkeypatch.setattr(wrapper, "progressive_decode", once)
+    monkeypatch.setattr(kernel_check, "PAGES", 20)
+    monkeypatch.setattr(kernel_check, "HOT_PAGES", 5)
     with pytest.raises(KernelCheckError, match="output of a CUDA graph"):
         check(PSAConfig(candidate_pages=12), torch.float32)

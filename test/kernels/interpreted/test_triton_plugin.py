@@ -25,7 +25,7 @@ def played(monkeypatch, **changes):
     """Outputs of a few prompts and steps with those of dense attention, and the driver."""
     monkeypatch.setattr(prefill, "choose", lambda *_: prefill.fused)
     common = {"backend": "triton", "scorer": "sketch", "sketch_bits": 1, "min_context": 0}
-    common |= {"recent_pages": 1, "group_pages": 1, "delta": 0.4}
+    common |= {"recent_pages": 1, "group_pages": 1, "group_percent": 0, "delta": 0.4}
     driver = Driver(make_backend(monkeypatch, **common | changes))
     steps = [("extend", {0: 26, 1: 3}), ("extend", {0: 5}), ("decode", {0: 1, 1: 1})]
     steps += [("decode", {0: 1, 1: 1})]
@@ -65,6 +65,7 @@ def test_a_server_whose_kernels_are_wrong_does_not_start(monkeypatch) -> None:
     """As on a GPU, where the kernels are checked; here a part of the cache that is quick."""
     monkeypatch.setattr(attention_backend, "interpreted", lambda: False)
     monkeypatch.setattr(kernel_check, "PAGES", 14)
+    monkeypatch.setattr(kernel_check, "HOT_PAGES", 5)
     settings = {"backend": "triton", "scorer": "sketch", "group_pages": 2, "delta": 0.3}
     assert make_backend(monkeypatch, **settings).pool.kernel_backend == "triton"
 

@@ -37,7 +37,8 @@ def played(settings: PSAConfig, tier: TieredCache | None) -> tuple[Requests, lis
     ids=["all frames", "quarter"],
 )
 def test_decode_over_tiers_is_decode_over_one(frames: int, rule: dict) -> None:
-    settings = SETUP.config(frames, group_pages=1, scorer="rotated_sketch", **rule)
+    rule = {"group_pages": 1, "group_percent": 0, "scorer": "rotated_sketch", **rule}
+    settings = SETUP.config(frames, **rule)
     tier = SETUP.build(settings)
     assert isinstance(tier.tier, TritonTier)
     tiered, got = played(settings, tier)

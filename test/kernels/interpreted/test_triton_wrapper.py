@@ -17,7 +17,9 @@ def test_a_step_is_near_the_truth_and_reads_less(scorer: str, saves: bool) -> No
     q = torch.randn(2, 2, 64, generator=torch.Generator().manual_seed(4))
     exact = dense(cache, q, 64**-0.5)
     for delta in (0.0, 0.1):
-        config = PSAConfig(min_context=0, scorer=scorer, delta=delta, group_pages=1)
+        config = PSAConfig(
+            min_context=0, scorer=scorer, delta=delta, group_pages=1, group_percent=0
+        )
         wrapper, _ = make_wrapper(cache, config, backend)
         out, step = decode(wrapper, cache, q, 64**-0.5)
         assert step is not None

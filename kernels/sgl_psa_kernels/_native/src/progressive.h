@@ -217,9 +217,11 @@ class Progressive {
 
   // Pages of the next group; a prediction makes the first one larger.
   int group_size() const {
-    if (rounds_ || !a_.first_pages) return a_.group_pages;
+    const int share = (int)std::min<int64_t>((int64_t)pages_done_ * a_.group_percent / 100, n_);
+    const int size = std::max(a_.group_pages, share);
+    if (rounds_ || !a_.first_pages) return size;
     const int end = a_.first_pages[(int64_t)row_ * a_.rows.num_kv_heads + head_];
-    return std::max(a_.group_pages, std::min(end, n_) - pages_done_);
+    return std::max(size, std::min(end, n_) - pages_done_);
   }
 
   // The mass that a page has to exceed by the marginal rule, as things stand; and what is known of

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define PSA_ABI_VERSION 10
+#define PSA_ABI_VERSION 11
 #define PSA_SKINNY_ROWS 8 /* most rows of psa_skinny_linear */
 #define PSA_EXPORT __attribute__((visibility("default")))
 
@@ -74,7 +74,7 @@ typedef struct {
 
 typedef struct {
   PsaRows rows;
-  int32_t sink_pages, recent_pages, group_pages, reserved;
+  int32_t sink_pages, recent_pages, group_pages, group_percent;
   int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
   const void *k, *v;
   const float *log_mass; /* [batch, num_qo_heads, max_pages] or NULL */
