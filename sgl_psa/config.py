@@ -134,7 +134,7 @@ class PSAConfig:
         Annotated[int, Meta(ge=0, le=1000)] | Literal["auto"],
         Meta(
             description="Pages attended between two stop tests, as a percentage of those attended "
-            "before them, where that is more than GROUP_PAGES. auto: 0 on CPUs, 200 for Triton's "
+            "before them, where that is more than GROUP_PAGES. auto: 0 on CPUs, 100 for Triton's "
             "kernels, as a GPU has to read many pages at once."
         ),
     ] = AUTO_PERCENT

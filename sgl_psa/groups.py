@@ -7,7 +7,7 @@ from sgl_psa.config import AUTO_PERCENT, PSAConfig
 #: Percentage of the pages attended so far, by kernel backend. A GPU is as good as idle while it
 #: reads a group of a few pages, and each group costs it a few microseconds: there a row should take
 #: few of them, and large ones.
-GROWTH = {"cpu": 0, "torch": 0, "triton": 200, "flashinfer": 200, "reference": 0}
+GROWTH = {"cpu": 0, "torch": 0, "triton": 100, "flashinfer": 100, "reference": 0}
 
 
 def group_percent(config: PSAConfig, backend: str) -> int:

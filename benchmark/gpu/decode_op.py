@@ -1,11 +1,13 @@
 """Decode attention of one layer on a GPU: time, and bytes over time against copy bandwidth.
 
-    python -m benchmark.gpu.decode_op --lengths 8192,32768,131072 --batches 1,8,64
+    python -m benchmark.gpu.decode_op --lengths 8192,65536,131072 --batches 1,8,64
     TRITON_INTERPRET=1 python -m benchmark.gpu.decode_op --device cpu --lengths 64 --batches 1 \
         --rounds 1         # without a GPU: it runs; its times mean nothing
 
-Ours: 2-bit sketches, marginal rule, with and without a predicted first group, in groups of 4 and of
-16 pages, and dense, in Triton; with lists of pages by FlashInfer; and in batched torch. Peers in
+Most of the mass is in a few keys, or in keys of a share of the pages (``--hot-shares``), as many as
+the rule then reads. Ours: 2-bit sketches, marginal rule, in groups that grow as the server's do,
+otherwise and not at all, with and without a predicted first group, and dense, in Triton; with lists
+of pages by FlashInfer; and in batched torch. Peers in
 the same run, where installed: FlashInfer's paged decode, FlashAttention 3, the kernel of SGLang's
 Triton backend, and torch's SDPA on a contiguous copy of the cache. Variants run in turn in every
 round, the L2 cache is overwritten before each, CUDA events time them, medians are kept. What can be
@@ -29,9 +31,11 @@ from benchmark.common import hardware, spread
 from benchmark.gpu import plot
 from benchmark.gpu.peers import PEERS, Step
 from benchmark.gpu.pool import Pool, Sketch, heat, make_pool, make_sketch, score
+from sgl_psa.groups import GROWTH
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 DELTA = 0.1
+#: Least number of hot pages, which DELTA reads; of more of them each has less of the mass.
 HOT_PAGES = 6
 FLUSH_BYTES = 1 << 28
 #: Largest relative error of a dense peer in 16 bits.
@@ -86,8 +90,10 @@ def decode(
     backend: str,
     first: torch.Tensor | None = None,
     group: int = 4,
+    percent: int | None = None,
+    delta: float = DELTA,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Marginal rule, or dense without estimates."""
+    """Marginal rule, or dense without estimates; ``percent``: by default the server's."""
     options = {"dtype": torch.float32, "device": pool.q.device}
     size = (pool.batch,)
     return progressive_decode(
@@ -98,7 +104,7 @@ def decode(
         pool.seq_lens,
         log_mass,
         torch.full(size, int(log_mass is not None), dtype=torch.int32, device=pool.q.device),
-        torch.full(size, math.log(DELTA), **options),
+        torch.full(size, math.log(delta), **options),
         torch.zeros(size, **options),
         torch.zeros(size, **options),
         page_size=pool.page,
@@ -106,19 +112,28 @@ def decode(
         sink_pages=1,
         recent_pages=2,
         group_pages=group,
+        group_percent=GROWTH[backend] if percent is None else percent,
         backend=backend,
         first_pages=first,
     )
 
 
 def variants(
-    pool: Pool, sketch: Sketch, timer: Timer, first: torch.Tensor, exact: torch.Tensor
+    pool: Pool,
+    sketch: Sketch,
+    timer: Timer,
+    first: torch.Tensor,
+    exact: torch.Tensor,
+    delta: float,
 ) -> tuple[dict[str, Step], dict[str, str]]:
     """Steps by name, and why others are missing. A peer that cannot run, or whose output is not
     that of dense attention, hides no other one."""
 
     def scores(backend: str) -> torch.Tensor:
         return score(pool, sketch, backend)
+
+    def psa(lists: str = "triton", scorer: str = "triton", **options: Any) -> Step:
+        return lambda: decode(pool, scores(scorer), lists, delta=delta, **options)
 
     def dense_peer(peer: Callable[[Pool], Step]) -> Step:
         step = peer(pool)
@@ -134,23 +149,18 @@ def variants(
         },
         "triton dense": lambda: timer.captured(lambda: decode(pool, None, "triton")),
         "triton score": lambda: timer.captured(lambda: scores("triton")),
-        "triton psa": lambda: timer.captured(lambda: decode(pool, scores("triton"), "triton")),
-        "triton psa, groups of 16": lambda: timer.captured(
-            lambda: decode(pool, scores("triton"), "triton", group=16)
-        ),
-        "triton psa, predicted": lambda: timer.captured(
-            lambda: decode(pool, scores("triton"), "triton", first)
-        ),
+        "triton psa": lambda: timer.captured(psa()),
+        "triton psa, growing by 50 %": lambda: timer.captured(psa(percent=50)),
+        "triton psa, growing by 200 %": lambda: timer.captured(psa(percent=200)),
+        "triton psa, groups of 4": lambda: timer.captured(psa(percent=0)),
+        "triton psa, groups of 16": lambda: timer.captured(psa(percent=0, group=16)),
+        "triton psa, predicted": lambda: timer.captured(psa(first=first)),
         "flashinfer dense, in rows": lambda: timer.captured(
             lambda: decode(pool, None, "flashinfer")
         ),
-        "flashinfer psa, groups of 16": lambda: timer.captured(
-            lambda: decode(pool, scores("triton"), "flashinfer", group=16)
-        ),
-        "flashinfer psa, predicted": lambda: timer.captured(
-            lambda: decode(pool, scores("triton"), "flashinfer", first)
-        ),
-        "torch psa, no graph": lambda: lambda: decode(pool, scores("torch"), "torch"),
+        "flashinfer psa": lambda: timer.captured(psa("flashinfer")),
+        "flashinfer psa, predicted": lambda: timer.captured(psa("flashinfer", first=first)),
+        "torch psa, no graph": lambda: psa("torch", "torch"),
     }
     steps: dict[str, Step] = {}
     missing: dict[str, str] = {}
@@ -166,7 +176,7 @@ def variants(
 
 
 def measure(
-    length: int, batch: int, page: int, rounds: int, timer: Timer, bandwidth: float
+    length: int, batch: int, page: int, share: float, rounds: int, timer: Timer, bandwidth: float
 ) -> dict[str, Any]:
     device = "cuda" if timer.cuda else "cpu"
     pool = make_pool(
@@ -178,10 +188,12 @@ def measure(
         dtype=torch.bfloat16 if timer.cuda else torch.float16,
         device=device,
     )
-    heat(pool, HOT_PAGES)
+    hot = max(HOT_PAGES, round(share * length / page))
+    delta = DELTA * HOT_PAGES / hot
+    heat(pool, hot)
     sketch = make_sketch(pool, "triton" if timer.cuda else "reference")
     exact = decode(pool, None, "triton")[0].float()
-    out, _, stats = decode(pool, score(pool, sketch, "triton"), "triton")
+    out, _, stats = decode(pool, score(pool, sketch, "triton"), "triton", delta=delta)
     columns = {name: stats[..., i] for i, name in enumerate(STAT_NAMES)}
     token = 2 * DIM * pool.k.element_size()
     dense_bytes = batch * KV_HEADS * length * token
@@ -189,7 +201,7 @@ def measure(
     read = int(columns["tokens_attended"].sum()) * token
     # The prediction of a step that is like the one before.
     first = columns["pages_attended"].to(torch.int32)
-    steps, missing = variants(pool, sketch, timer, first, exact)
+    steps, missing = variants(pool, sketch, timer, first, exact, delta)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -198,6 +210,8 @@ def measure(
         "length": length,
         "batch": batch,
         "page_size": page,
+        "hot_share": share,
+        "pages_fraction": float(columns["pages_attended"].mean()) / math.ceil(length / page),
         "bytes_fraction": (scored + read) / dense_bytes,
         "rounds_mean": float(columns["rounds"].mean()),
         "relative_error": float((out.float() - exact).norm() / exact.norm()),
@@ -219,7 +233,8 @@ def measure(
 def table(row: dict[str, Any]) -> str:
     lines = [
         f"batch {row['batch']}, {row['length']} tokens, pages of {row['page_size']}: PSA reads "
-        f"{row['bytes_fraction']:.1%} of the bytes, relative error {row['relative_error']:.1e}, "
+        f"{row['pages_fraction']:.1%} of the pages, {row['bytes_fraction']:.1%} of the bytes, "
+        f"relative error {row['relative_error']:.1e}, "
         f"{row['rounds_mean']:.1f} rounds"
     ]
     for name, result in row["variants"].items():
@@ -234,9 +249,10 @@ def table(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--lengths", default="8192,32768,131072")
+    parser.add_argument("--lengths", default="8192,32768,65536,131072")
     parser.add_argument("--batches", default="1,4,16,64")
     parser.add_argument("--page-sizes", default="16,64")
+    parser.add_argument("--hot-shares", default="0,0.1", help="of pages with most of the mass")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--max-gib", type=float, default=24.0, help="largest K and V to try")
     parser.add_argument("--out", type=Path, default=Path("out/gpu_decode_op.json"))
@@ -253,11 +269,14 @@ def main() -> None:
                 if gib > options.max_gib:
                     print(f"batch {batch}, {length} tokens: {gib:.0f} GiB, left out", flush=True)
                     continue
-                results.append(measure(length, batch, page, options.rounds, timer, bandwidth))
-                print(table(results[-1]), flush=True)
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                report["results"] = results
-                options.out.write_text(json.dumps(report, indent=1) + "\n")
+                for share in map(float, options.hot_shares.split(",")):
+                    results.append(
+                        measure(length, batch, page, share, options.rounds, timer, bandwidth)
+                    )
+                    print(table(results[-1]), flush=True)
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    report["results"] = results
+                    options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(options.out)
     if results:
         print(plot.picture(report, options.out))

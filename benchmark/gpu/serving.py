@@ -66,9 +66,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "triton": {"attention_backend": "triton"},
     "psa dense": PSA | GRAPH | {"psa_policy": "dense"},
     "psa": PSA | GRAPH,
-    "psa, groups of 16": PSA | GRAPH | {"psa_group_pages": 16},
+    "psa, groups of 4": PSA | GRAPH | {"psa_group_percent": 0},
+    "psa, groups of 16": PSA | GRAPH | {"psa_group_pages": 16, "psa_group_percent": 0},
     "psa, predicted": PSA | GRAPH | {"psa_predict": True},
-    "psa, groups of 16, flashinfer": PSA | GRAPH | {"psa_group_pages": 16} | FLASHINFER,
+    "psa, flashinfer": PSA | GRAPH | FLASHINFER,
     "psa, no graph": PSA | {"psa_backend": "triton", "cuda_graph_backend_decode": "disabled"},
 }
 TINY_VARIANTS: dict[str, dict[str, Any]] = {

@@ -32,7 +32,7 @@ PROGRAMS = 8
 #: Groups of at least so many tokens are split over programs, in at most so many rounds; later ones
 #: are not. Groups that do not grow have the first ``EQUAL_ROUNDS`` of theirs split.
 WIDE_TOKENS = 256
-WIDE_ROUNDS = 6
+WIDE_ROUNDS = 8
 EQUAL_ROUNDS = 2
 #: Pages that are put in order at a time, and looked at at a time.
 WINDOW = 256
