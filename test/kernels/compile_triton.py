@@ -2,11 +2,16 @@
 
     python test/kernels/compile_triton.py [compute capability, 90]
 
-Prints each kernel with its shared memory, and fails where a kernel does not compile or needs more
-than a multiprocessor of that capability has.
+Prints each kernel with its shared memory, registers and stack, and fails where a kernel does not
+compile, needs more than a multiprocessor of that capability has, or spills more than a few
+registers.
 """
 
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import sgl_psa_kernels.progressive_decode.triton_backend as decode_backend
@@ -26,19 +31,40 @@ from sgl_psa_kernels.progressive_decode.flashinfer_rows import Rows, RowShape
 from sgl_psa_kernels.tail_compensation import compensate
 from sgl_psa_kernels.watermark import advance
 from test_progressive_decode import RULES, decode
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}[CAPABILITY]
+#: Bytes a thread may keep in memory for want of registers, where there are 255.
+STACK_BYTES = 160
+#: Pages of a long context, for which blocks of pages are as large as they get.
+LONG = 8192
+CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+
+
+def registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread, from what ptxas left in the kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
 
 
 def compile_only(self, *args, grid, warmup, **options):
     """In place of a launch."""
     kernel = launch(self, *args, grid=grid, warmup=True, **options)
-    print(f"{self.fn.__module__}.{self.fn.__name__}: {kernel.metadata.shared} bytes shared")
-    assert kernel.metadata.shared <= SHARED_BYTES, self.fn.__name__
+    shared = kernel.metadata.shared
+    registers, stack = registers_and_stack(kernel.asm["cubin"])
+    name = f"{self.fn.__module__}.{self.fn.__name__}"
+    print(f"{name}: {shared} bytes shared, {registers} registers, {stack} bytes of stack")
+    assert shared <= SHARED_BYTES and stack <= STACK_BYTES, name
     return kernel
 
 
@@ -48,9 +74,13 @@ def main() -> None:
     log_mass = torch.zeros(1, 8, batch.page_table.shape[1])
     first = torch.ones(1, 2, dtype=torch.int32)
     told = {"kappa_start": torch.zeros(1, 8), "residuals": torch.zeros(1, 8, 3)}
-    growing = {"group_percent": 200, **told}
-    for options in ({"first_pages": first}, told, {"group_pages": 16, **told}, growing):
+    for options in ({"first_pages": first}, told, {"group_pages": 16, **told}):
         decode(batch, log_mass, RULES["coverage-.8"], "triton", **options)
+    table, batch.page_table = batch.page_table, torch.zeros(1, LONG, dtype=torch.int32)
+    for options in ({}, {"first_pages": first}, told):
+        options = {"group_percent": 100, **options}
+        decode(batch, torch.zeros(1, 8, LONG), RULES["coverage-.8"], "triton", **options)
+    batch.page_table = table
     decode(batch, None, RULES["dense"], "triton")
     flashinfer_rows.planned = unattended
     decode(batch, log_mass, RULES["coverage-.8"], "flashinfer", group_pages=16, **told)

@@ -62,5 +62,6 @@ def score(
             HKV=num_kv, G=num_q // num_kv, GT=head_tile(num_q // num_kv),
             D=dim, DT=power_of_two(dim), PAGE=page_size, PAGES=PAGES,
             VECTORS=VECTORS[kind], KIND=kind, CODES=affine is not None,
+            num_warps=8,
         )  # fmt: skip
     return log_mass

@@ -152,7 +152,7 @@ def progressive_decode(
     small = heads | {"GT": power_of_two(group), "PAGE": page_size}
     # Blocks of pages: of tiles with all heads, of keys alone, and of a launch over blocks.
     block = max(16, min(8192 // power_of_two(group), power_of_two(pages, 16)))
-    lines, part = min(4096, power_of_two(pages, 16)), min(256, power_of_two(pages, 16))
+    lines, part = min(2048, power_of_two(pages, 16)), min(256, power_of_two(pages, 16))
     tokens = min(64, max(16, (64 * 256) // power_of_two(dim * q.element_size())))
     tile = tile_pages(page_size, tokens)
     limits = {"LEAST": max(CHUNK_TOKENS // page_size, 1), "CHUNKS": CHUNKS}
@@ -220,7 +220,7 @@ def progressive_decode(
                 log_mass, mode, seq_lens, threshold, kappa_floor, kappa_std, kappa_start,
                 first_pages, key, found, order, suffix, lse, total, latest, seen,
                 scored, progress, listed, group_count, attended, pages, group_pages, group_percent,
-                FIRST=first, PREDICTED=predicted, **started, **small, **window,
+                FIRST=first, PREDICTED=predicted, **started, **small, **window, num_warps=8,
             )  # fmt: skip
             attend_chunks(group_count, forced=False)
 
@@ -231,7 +231,7 @@ def progressive_decode(
                 listed, state, attended, out, kappa, residuals,
                 *strides, pages, group_pages, group_percent, wide_pages, sm_scale,
                 SMALL=only_small, GROUPED=grouped, **started, **flags, **wide, **exact, **tile,
-                **window, **tiered,
+                **window, **tiered, num_warps=8,
             )  # fmt: skip
 
         if predicted:
