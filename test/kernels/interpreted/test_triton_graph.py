@@ -20,6 +20,7 @@ SCALE = DIM**-0.5
 CONFIG = PSAConfig(
     min_context=PAGE,
     group_pages=1,
+    group_percent=40,
     recent_pages=1,
     scorer="two_level",
     candidate_pages=3,
@@ -38,7 +39,7 @@ CONFIG = PSAConfig(
             "compensate": True,
             "scorer": "rotated_sketch",
         },
-        {"stop": "change", "scorer": "hybrid", "summary_bits": 8},
+        {"stop": "change", "scorer": "hybrid", "summary_bits": 8, "group_percent": 0},
     ],
     ids=["defaults", "predict", "change"],
 )
