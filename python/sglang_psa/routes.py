@@ -25,7 +25,17 @@ ROUTE = "/psa/stats"
 CHECK_ROUTE = "/psa/memory/check"
 KEY = "psa"
 #: Fields of the statistics that are the same in every rank.
-COMMON = ("config", "backend", "isa", "threads", "page_size", "sparse_from", "tp_size", "scope")
+COMMON = (
+    "config",
+    "backend",
+    "isa",
+    "threads",
+    "page_size",
+    "sparse_from",
+    "group_percent",
+    "tp_size",
+    "scope",
+)
 
 
 def describe(result: Any, scheduler: Any, question: Any = None) -> None:
@@ -42,6 +52,7 @@ def describe(result: Any, scheduler: Any, question: Any = None) -> None:
         "threads": torch.get_num_threads(),
         "page_size": backend.wrapper.page_size,
         "sparse_from": backend.wrapper.min_context,
+        "group_percent": backend.wrapper.group_percent,
         "dp_rank": ranks.dp_rank or 0,
         "tp_rank": ranks.tp_rank,
         "tp_size": ranks.tp_size,

@@ -29,7 +29,8 @@ def stats_of(pages: list[int], rounds: float = 1.0, coverage: float = 0.5) -> PS
 
 def part(monkeypatch: pytest.MonkeyPatch, stats: PSAStats, dp_rank: int | None) -> dict[str, Any]:
     """The internal state that a scheduler with these statistics reports."""
-    wrapper = SimpleNamespace(stats=stats, backend="reference", page_size=PAGE, min_context=1024)
+    kernels = {"backend": "reference", "min_context": 1024, "group_percent": 0}
+    wrapper = SimpleNamespace(stats=stats, page_size=PAGE, **kernels)
     pool = SimpleNamespace(tier=None)
     calls = {"rope": 3, "torch": 1} if dp_rank is not None else None
     backend = SimpleNamespace(

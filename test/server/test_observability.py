@@ -73,6 +73,7 @@ def test_stats_route_counts_what_requests_report(
     assert after["active"] is True
     assert after["config"]["min_context"] == 256
     assert after["page_size"] == PAGE and after["tp_size"] == 1 and after["sparse_from"] == 256
+    assert after["group_percent"] == 0
     for name in ("pages_attended", "pages_total", "bytes_read", "bytes_dense"):
         said = sum(reads(answer)[name] for answer in answers)
         # A finished request runs one step more, whose token is dropped: overlap scheduling.
