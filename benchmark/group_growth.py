@@ -1,11 +1,11 @@
 """How groups that grow trade pages for rounds: what ``--psa-group-percent`` costs and saves.
 
-    python -m benchmark.group_growth --percents 0,50,100,200,400,1000
+    python -m benchmark.group_growth --percents 0,50,100,200,400,1000 --sizes 8,16,32
 
-A round is what a GPU cannot overlap: it reads a group, then decides. For each percentage, means
-over (request, layer, KV head) of decode steps of the embedded model on text with lookups, and of
-one step on made-up keys (``benchmark.ops.keys``); rounds without growth are those of CPUs. Counts,
-not times: they hold for any device.
+A round is what a GPU cannot overlap: it reads a group, then decides. For each percentage, and for
+larger groups that do not grow, means over (request, layer, KV head) of decode steps of the embedded
+model on text with lookups, and of one step on made-up keys (``benchmark.ops.keys``); without growth
+rounds are those of CPUs. Counts, not times: they hold for any device.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def row(source: str, tokens: int, rule: str, wrapper: PSADecodeWrapper) -> dict[
         "rounds": counts.rounds / counts.visits,
         "bytes_fraction": counts.bytes_read / counts.bytes_dense,
         "true_coverage": true.coverage / true.rows,
+        "violation_rate": true.violations / true.requested_rows if true.requested_rows else None,
         "relative_error": true.error / true.rows,
     }
 
@@ -81,8 +82,10 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     setting = Setting(options.made_up_tokens, 1, pool_bytes=1, min_layers=1)
     for rule, settings in RULES.items():
         base = PSAConfig(min_context=0, audit_rate=1.0, **settings)
-        for percent in integers(options.percents):
-            config = replace(base, group_percent=percent)
+        growing = [{"group_percent": percent} for percent in integers(options.percents)]
+        larger = [{"group_percent": 0, "group_pages": size} for size in integers(options.sizes)]
+        for change in growing + larger:
+            config = replace(base, **change)
             found = of_model(replay, config)
             yield row("embedded model", options.model_tokens, rule, found)
             made_up = of_made_up(setting, config)
@@ -92,6 +95,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--percents", default="0,50,100,200,400,1000")
+    parser.add_argument("--sizes", default="8,16,32")
     parser.add_argument("--model-tokens", type=int, default=8192)
     parser.add_argument("--made-up-tokens", type=int, default=65536)
     parser.add_argument("--steps", type=int, default=24)
@@ -103,8 +107,8 @@ def main() -> None:
     for found in measure(options):
         rows.append(found)
         print(
-            f"{found['source']}, {found['tokens']} tokens, {found['stop']}, "
-            f"{found['group_percent']} %: {found['pages']:.1f} pages, "
+            f"{found['source']}, {found['tokens']} tokens, {found['stop']}, groups of "
+            f"{found['group_pages']} and {found['group_percent']} %: {found['pages']:.1f} pages, "
             f"{found['rounds']:.2f} rounds, {found['bytes_fraction']:.3f} of the bytes, "
             f"coverage {found['true_coverage']:.4f}, error {found['relative_error']:.4f}",
             flush=True,
@@ -112,7 +116,8 @@ def main() -> None:
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for found in rows:
         title = f"{found['source']}, {found['tokens']} tokens"
-        points = panels.setdefault(title, {}).setdefault(found["stop"], [])
+        kind = ", growing" if found["group_percent"] else ", of one size"
+        points = panels.setdefault(title, {}).setdefault(found["stop"] + kind, [])
         points.append((found["rounds"], found["pages"]))
     save_panels(RESULTS / "group_growth.png", panels, "rounds", "pages attended")
     save("group_growth", {"settings": vars(options), "results": rows})

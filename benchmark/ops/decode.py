@@ -22,8 +22,14 @@ _PAGES = STAT_NAMES.index("pages_attended")
 
 
 def rules() -> dict[str, dict[str, Any]]:
-    """Suffix of an op's name to the settings that differ from the defaults."""
-    return {"": {}, f"_coverage_{COVERAGE}": {"stop": "coverage", "coverage": COVERAGE}}
+    """Suffix of an op's name to the settings that differ from the defaults.
+
+    On these keys groups of 4 pages stop short of the coverage asked for, groups of 32 do not
+    (``python -m benchmark.group_growth``).
+    """
+    coverage = {"stop": "coverage", "coverage": COVERAGE}
+    name = f"_coverage_{COVERAGE}"
+    return {"": {}, name: coverage, f"{name}_groups_of_32": {**coverage, "group_pages": 32}}
 
 
 def ops(s: Setting, **settings: Any) -> list[Op]:
