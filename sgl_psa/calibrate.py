@@ -116,8 +116,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags["predict_rho"] = arguments.rho
     # What the server does about predictions is no matter here: page counts are measured without.
     # And in groups of one size, as nothing is read in vain then but a part of the last.
-    always = {"min_context": 0, "predict": False, "budget_prior": "", "audit_rate": 0.0}
-    always["group_percent"] = 0
+    always = {"min_context": 0, "group_percent": 0, "predict": False, "budget_prior": ""}
+    always |= {"audit_rate": 0.0}
     try:
         arguments.config = PSAConfig.from_sources({**flags, **always}, arguments.psa_config, {})
     except ConfigError as error:

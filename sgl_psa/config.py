@@ -52,10 +52,8 @@ ScorerName = Literal[
 BackendName = Literal["auto", "cpu", "torch", "triton", "flashinfer", "reference"]
 PlacementName = Literal["demand", "lru", "even"]
 HostDtypeName = Literal["auto", "int8"]
-#: Stands for :data:`sgl_psa.crossover.CROSSOVER` of the kernels in use.
-AUTO_CONTEXT: Literal["auto"] = "auto"
-#: Stands for :data:`sgl_psa.groups.GROWTH` of the kernels in use.
-AUTO_PERCENT: Literal["auto"] = "auto"
+#: Stands for what suits the kernels in use: :mod:`sgl_psa.crossover`, :mod:`sgl_psa.groups`.
+AUTO: Literal["auto"] = "auto"
 #: Stands for the policy's own default; a constructed PSAConfig holds a scorer's name instead.
 AUTO_SCORER = "auto"
 
@@ -134,10 +132,10 @@ class PSAConfig:
         Annotated[int, Meta(ge=0, le=1000)] | Literal["auto"],
         Meta(
             description="Pages attended between two stop tests, as a percentage of those attended "
-            "before them, where that is more than GROUP_PAGES. auto: 0 on CPUs, 100 for Triton's "
-            "kernels, as a GPU has to read many pages at once."
+            "before them, where that is more than GROUP_PAGES. auto: 100 for Triton's kernels, as "
+            "a GPU has to read many pages at once, 0 for others."
         ),
-    ] = AUTO_PERCENT
+    ] = AUTO
     sink_pages: Annotated[
         int, Meta(ge=0, le=1024, description="First pages of a request, always attended.")
     ] = 1
@@ -155,7 +153,7 @@ class PSAConfig:
             description="Requests shorter than this many tokens are decoded densely. auto: those "
             "for which the kernels in use are faster so, by measurement."
         ),
-    ] = AUTO_CONTEXT
+    ] = AUTO
     correction_std: Annotated[
         float,
         Meta(

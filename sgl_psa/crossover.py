@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sgl_psa.config import AUTO_CONTEXT, PSAConfig
+from sgl_psa.config import AUTO, PSAConfig
 
 #: Tokens of context, by kernel backend. ``cpu``: for the head shapes of ``python -m
 #: benchmark.crossover`` at the default settings 1536 with one thread, one request or four, 3072 at
@@ -22,4 +22,4 @@ def min_context(config: PSAConfig, backend: str) -> int:
     Args:
         backend: kernel backend, from :func:`sgl_psa.backends.resolve_backend`.
     """
-    return CROSSOVER[backend] if config.min_context == AUTO_CONTEXT else config.min_context
+    return CROSSOVER[backend] if config.min_context == AUTO else config.min_context

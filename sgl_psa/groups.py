@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sgl_psa.config import AUTO_PERCENT, PSAConfig
+from sgl_psa.config import AUTO, PSAConfig
 
 #: Percentage of the pages attended so far, by kernel backend. A GPU is as good as idle while it
 #: reads a group of a few pages, and each group costs it a few microseconds: there a row should take
@@ -16,4 +16,4 @@ def group_percent(config: PSAConfig, backend: str) -> int:
     Args:
         backend: kernel backend, from :func:`sgl_psa.backends.resolve_backend`.
     """
-    return GROWTH[backend] if config.group_percent == AUTO_PERCENT else config.group_percent
+    return GROWTH[backend] if config.group_percent == AUTO else config.group_percent

@@ -82,6 +82,21 @@ def add_moments(count, mean, square, x, known):
 
 
 @triton.jit
+def load_moments(x, mask, G: tl.constexpr):
+    """Moments that lie G elements apart, the first at ``x``; 0 where not ``mask``."""
+    number = tl.load(x, mask=mask, other=0.0)
+    return number, tl.load(x + G, mask=mask, other=0.0), tl.load(x + 2 * G, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_moments(x, number, mean, square, mask, G: tl.constexpr):
+    """Put moments where :func:`load_moments` finds them."""
+    tl.store(x, number, mask=mask)
+    tl.store(x + G, mean, mask=mask)
+    tl.store(x + 2 * G, square, mask=mask)
+
+
+@triton.jit
 def correction(count, mean, square, deviations, floor):
     """kappa [HEADS]: mean + deviations * standard deviation, 0 of nothing, at least floor."""
     spread = tl.sqrt(square / tl.maximum(count, 1.0))

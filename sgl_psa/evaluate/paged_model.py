@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from sgl_psa.backends import resolve_backend
-from sgl_psa.config import AUTO_CONTEXT, PSAConfig
+from sgl_psa.config import AUTO, PSAConfig
 from sgl_psa.evaluate import arena as two_tiers
 from sgl_psa.evaluate.arena import Arena
 from sgl_psa.evaluate.feeder import Feeder
@@ -77,7 +77,7 @@ class Group:
         dtype: torch.dtype,
         arena: Arena | None,
     ) -> None:
-        if config.min_context == AUTO_CONTEXT:
+        if config.min_context == AUTO:
             config = replace(config, min_context=SPARSE_FROM)
         backend = resolve_backend(config.backend, shape.device)
         self.tier: TieredCache | None = None

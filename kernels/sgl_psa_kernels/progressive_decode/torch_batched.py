@@ -194,7 +194,7 @@ def progressive_decode(
     running = sparse & (scored > 0)
     ends = None if first_pages is None else first_pages.flatten().long()
     # No row of those that run has attended more pages than this, as far as the host knows.
-    most = int((forced & sparse[:, None]).sum(1).max()) if batch else 0
+    most = int((forced & sparse[:, None]).sum(1).max()) if batch and group_percent else 0
     predicted = min(int(ends.max()), max_pages) if batch and ends is not None else 0
     while True:
         left = exists & ~state.done & running[:, None]

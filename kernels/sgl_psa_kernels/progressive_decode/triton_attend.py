@@ -19,8 +19,10 @@ from sgl_psa_kernels.triton_tiles import (
     absorb,
     add_moments,
     finite,
+    load_moments,
     log_add,
     page_masses,
+    store_moments,
     tile_logits,
     tile_rows,
 )
@@ -44,6 +46,20 @@ def first_slot(page, place, live, PAGE: tl.constexpr, TIERED: tl.constexpr):
     if TIERED:
         slot = tl.load(place + page, mask=live, other=0)
     return slot
+
+
+@triton.jit
+def listed_tokens(
+    listed, table, place_of, first, stop, token,
+    PAGE: tl.constexpr, PART: tl.constexpr, TIERED: tl.constexpr,
+):  # fmt: skip
+    """(inside, page, begin) of the tokens of a tile of a list from place ``first`` on: whether the
+    place is before ``stop``, the logical page, and its :func:`first_slot`."""
+    place = first + token // PART
+    inside = place < stop
+    page = tl.load(listed + place, mask=inside, other=0)
+    frame = tl.load(table + page, mask=inside, other=0)
+    return inside, page, first_slot(frame, place_of, inside, PAGE, TIERED)
 
 
 @triton.jit
@@ -143,13 +159,13 @@ def attend_list(
         square = tl.zeros([GT], tl.float32)
         for first in range(chunk * size, stop, PAGES):
             mass = tl.full([GT, PAGES], float("-inf"), tl.float32)
-            place = first + token // PART
-            page = tl.load(pages + r * M + place, mask=place < stop, other=0)
-            frame = tl.load(page_table + b * table_row + page, mask=place < stop, other=0)
-            begin = first_slot(frame, place_of, place < stop, PAGE, TIERED)
+            inside, page, begin = listed_tokens(
+                pages + r * M, page_table + b * table_row, place_of, first, stop, token,
+                PAGE, PART, TIERED,
+            )  # fmt: skip
             for part in range(PAGE // PART):
                 offset = part * PART + token % PART
-                live = (place < stop) & (page * PAGE + offset < length)
+                live = inside & (page * PAGE + offset < length)
                 logits, top, total, acc = attend_tile(
                     query, k, v, codes, begin, offset, live, arena, h, k_head, k_slot,
                     v_head, v_slot, dims, scale, top, total, acc,
@@ -178,9 +194,7 @@ def attend_list(
         if ESTIMATES:
             if compare:
                 state = (r * chunks_given + chunk) * 3 * G + g
-                tl.store(part_moments + state, number, mask=g < G)
-                tl.store(part_moments + state + G, mean, mask=g < G)
-                tl.store(part_moments + state + 2 * G, square, mask=g < G)
+                store_moments(part_moments + state, number, mean, square, g < G, G)
         chunk += tl.num_programs(1)
 
 
@@ -243,21 +257,14 @@ def merge_chunks(
         if ESTIMATES:
             mine = compared(rule, FORCED, TOLD) & (chunk < used)
             state = (r * chunks_given + chunk) * 3 * G + g
-            number = tl.load(part_moments + state, mask=mine, other=0.0)
-            mean = tl.load(part_moments + state + G, mask=mine, other=0.0)
-            square = tl.load(part_moments + state + 2 * G, mask=mine, other=0.0)
+            number, mean, square = load_moments(part_moments + state, mine, G)
             both = tl.sum(number, 0)
             middle = tl.sum(number * mean, 0) / tl.maximum(both, 1.0)
             distance = mean - middle
             spread = tl.sum(square + number * distance * distance, 0)
             at = r * 3 * G + g
-            tl.store(latest + at, both)
-            tl.store(latest + at + G, middle)
-            tl.store(latest + at + 2 * G, spread)
+            store_moments(latest + at, both, middle, spread, True, G)
             if not FORCED:
-                old, old_mean = tl.load(seen + at), tl.load(seen + at + G)
-                old_square = tl.load(seen + at + 2 * G)
+                old, old_mean, old_square = load_moments(seen + at, True, G)
                 both, middle, spread = union(old, old_mean, old_square, both, middle, spread)
-            tl.store(seen + at, both)
-            tl.store(seen + at + G, middle)
-            tl.store(seen + at + 2 * G, spread)
+            store_moments(seen + at, both, middle, spread, True, G)

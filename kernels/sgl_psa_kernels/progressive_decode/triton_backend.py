@@ -58,16 +58,15 @@ def tile_pages(page_size: int, tokens: int) -> dict[str, int]:
     return {"PAGES": tokens // part, "PART": part}
 
 
-def wide_rounds(pages: int, page_size: int, group_pages: int, group_percent: int) -> int:
-    """Rounds of groups split over programs in which a row of ``pages`` pages can be attended to
-    its end, or as many as there may be."""
-    wide = max(1, WIDE_TOKENS // page_size)
+def wide_rounds(pages: int, wide_pages: int, group_pages: int, group_percent: int) -> int:
+    """Rounds of groups of ``wide_pages`` and more, split over programs, in which a row of ``pages``
+    pages can be attended to its end, or as many as there may be."""
     if not group_percent:
-        return EQUAL_ROUNDS if group_pages >= wide else 0
-    done = 0 if group_pages >= wide else -(-wide * 100 // group_percent)
+        return EQUAL_ROUNDS if group_pages >= wide_pages else 0
+    done = 0 if group_pages >= wide_pages else -(-wide_pages * 100 // group_percent)
     rounds = 0
     while done < pages and rounds < WIDE_ROUNDS:
-        done += max(wide, group_pages, done * group_percent // 100)
+        done += max(wide_pages, group_pages, done * group_percent // 100)
         rounds += 1
     return rounds
 
@@ -145,8 +144,8 @@ def progressive_decode(
     state = empty(pairs, group, dim)
 
     estimates, told = log_mass is not None, log_mass is not None and residuals is not None
-    split = wide_rounds(pages, page_size, group_pages, group_percent) if estimates else 0
     wide_pages = max(1, WIDE_TOKENS // page_size)
+    split = wide_rounds(pages, wide_pages, group_pages, group_percent) if estimates else 0
     predicted = estimates and first_pages is not None
     heads = {"HKV": num_kv, "G": group}
     small = heads | {"GT": power_of_two(group), "PAGE": page_size}
@@ -159,7 +158,7 @@ def progressive_decode(
     limits["LEAST"] = -(-limits["LEAST"] // tile["PAGES"]) * tile["PAGES"]
     chunks = min(CHUNKS, max(1, -(-pages // limits["LEAST"])))
     turns = max(1, min(chunks, PROGRAMS * multiprocessors(q.device) // pairs))
-    wide = heads | {"D": dim, "DT": power_of_two(dim, 16)}
+    outputs = heads | {"D": dim, "DT": power_of_two(dim, 16)}
     exact = {
         "GT": head_tile(group),
         "PAGE": page_size,
@@ -186,11 +185,11 @@ def progressive_decode(
         attend.attend_list[(pairs, turns)](
             *inputs, mode, log_mass, listed, mine, *parts,
             *strides, pages, chunks, sm_scale,
-            FORCED=forced, **flags, **wide, **exact, **tile, **limits, **tiered,
+            FORCED=forced, **flags, **outputs, **exact, **tile, **limits, **tiered,
         )  # fmt: skip
         attend.merge_chunks[(pairs, group)](
             mode, mine, *parts, state, lse, latest, seen, chunks,
-            FORCED=forced, **flags, **wide, **limits, PAGES=tile["PAGES"], BLOCK=16,
+            FORCED=forced, **flags, **outputs, **limits, PAGES=tile["PAGES"], BLOCK=16,
         )  # fmt: skip
         if shared:
             shared.merge(counts, mine, state, lse)
@@ -230,7 +229,7 @@ def progressive_decode(
                 key, found, order, suffix, lse, total, latest, seen, scored, progress, group_count,
                 listed, state, attended, out, kappa, residuals,
                 *strides, pages, group_pages, group_percent, wide_pages, sm_scale,
-                SMALL=only_small, GROUPED=grouped, **started, **flags, **wide, **exact, **tile,
+                SMALL=only_small, GROUPED=grouped, **started, **flags, **outputs, **exact, **tile,
                 **window, **tiered, num_warps=8,
             )  # fmt: skip
 

@@ -3,21 +3,25 @@
 import triton
 import triton.language as tl
 
-from sgl_psa_kernels.progressive_decode.triton_attend import attend_tile, first_slot, union
+from sgl_psa_kernels.progressive_decode.triton_attend import attend_tile, listed_tokens, union
 from sgl_psa_kernels.progressive_decode.triton_order import pick_group
 from sgl_psa_kernels.progressive_decode.triton_select import (
-    BEHIND,
-    COLUMNS,
-    COUNT,
     COVERAGE,
-    CURSOR,
-    DONE,
-    PASSED,
     group_size,
     kappa_now,
+    load_progress,
     lower_bound,
+    store_progress,
 )
-from sgl_psa_kernels.triton_tiles import add_moments, correction, finite, log_add, page_masses
+from sgl_psa_kernels.triton_tiles import (
+    add_moments,
+    correction,
+    finite,
+    load_moments,
+    log_add,
+    page_masses,
+    store_moments,
+)
 
 
 @triton.jit
@@ -65,11 +69,7 @@ def rounds(
         rows = q + b * q_row + (h * G + g)[:, None] * q_head + dims[None, :]
         query = tl.load(rows, mask=tile, other=0.0).to(DOT)
         whole = tl.load(total + heads, mask=real, other=0.0)
-        cursor = tl.load(state + r * COLUMNS + CURSOR)
-        count = tl.load(state + r * COLUMNS + COUNT)
-        behind = tl.load(state + r * COLUMNS + BEHIND)
-        passed = tl.load(state + r * COLUMNS + PASSED)
-        done = tl.load(state + r * COLUMNS + DONE)
+        cursor, count, behind, passed, done = load_progress(state, r)
         if GROUPED:
             left = tl.where(tl.load(group_count + r) > 0, left, 0)
         size = group_size(done, n, group_pages, group_percent)
@@ -78,10 +78,8 @@ def rounds(
         kappa = kappa_now(
             rule, passed, latest, seen, deviations, lowest, heads, real, G, STARTED
         )  # fmt: skip
-        at = seen + r * 3 * G + g
-        number = tl.load(at, mask=real, other=0.0)
-        mean = tl.load(at + G, mask=real, other=0.0)
-        square = tl.load(at + 2 * G, mask=real, other=0.0)
+        moments = r * 3 * G + g
+        number, mean, square = load_moments(seen + moments, real, G)
         more = left > 0
         going = more
         if SMALL:
@@ -103,14 +101,14 @@ def rounds(
                 new_mean = tl.zeros([GT], tl.float32)
                 new_square = tl.zeros([GT], tl.float32)
                 for first in range(0, taken, PAGES):
-                    place = first + token // PART
-                    own = tl.load(listed + r * M + place, mask=place < taken, other=0)
-                    frame = tl.load(page_table + b * table_row + own, mask=place < taken, other=0)
-                    begin = first_slot(frame, place_of, place < taken, PAGE, TIERED)
+                    inside, own, begin = listed_tokens(
+                        listed + r * M, page_table + b * table_row, place_of, first, taken, token,
+                        PAGE, PART, TIERED,
+                    )  # fmt: skip
                     mass = tl.full([GT, PAGES], float("-inf"), tl.float32)
                     for part in range(PAGE // PART):
                         offset = part * PART + token % PART
-                        live = (place < taken) & (own * PAGE + offset < length)
+                        live = inside & (own * PAGE + offset < length)
                         logits, top, total_now, acc = attend_tile(
                             query, k, v, codes, begin, offset, live, arena, h, k_head, k_slot,
                             v_head, v_slot, dims, scale, top, total_now, acc,
@@ -139,10 +137,7 @@ def rounds(
                     else:
                         kappa = correction(number, mean, square, deviations, lowest)
                     if SMALL:
-                        at = latest + r * 3 * G + g
-                        tl.store(at, new_number, mask=real)
-                        tl.store(at + G, new_mean, mask=real)
-                        tl.store(at + 2 * G, new_square, mask=real)
+                        store_moments(latest + moments, new_number, new_mean, new_square, real, G)
                 tl.debug_barrier()
                 size = group_size(done, n, group_pages, group_percent)
             going = more
@@ -150,17 +145,10 @@ def rounds(
                 going = more & (size < wide)
         acc = acc / tl.where(total_now > 0, total_now, 1.0)[:, None]
         top = finite(top) + tl.log(total_now)
-        tl.store(state + r * COLUMNS + PASSED, passed)
+        store_progress(state, r, cursor, count, behind, passed, done)
         if SMALL:
-            tl.store(state + r * COLUMNS + CURSOR, cursor)
-            tl.store(state + r * COLUMNS + COUNT, count)
-            tl.store(state + r * COLUMNS + BEHIND, behind)
-            tl.store(state + r * COLUMNS + DONE, done)
             tl.store(group_count + r, more.to(tl.int32))
-            at = seen + r * 3 * G + g
-            tl.store(at, number, mask=real)
-            tl.store(at + G, mean, mask=real)
-            tl.store(at + 2 * G, square, mask=real)
+            store_moments(seen + moments, number, mean, square, real, G)
         elif TOLD:
             at = residuals + heads * 3
             tl.store(at, tl.where(compare, number, 0.0), mask=real)

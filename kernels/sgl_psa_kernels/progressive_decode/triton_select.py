@@ -9,7 +9,7 @@ import triton.language as tl
 
 from sgl_psa_kernels.progressive_decode.triton_order import pick_group
 from sgl_psa_kernels.triton_rank import NO_PAGE, ordered
-from sgl_psa_kernels.triton_tiles import correction, finite, log_add
+from sgl_psa_kernels.triton_tiles import correction, finite, load_moments, log_add
 
 MARGINAL = tl.constexpr(1)
 COVERAGE = tl.constexpr(2)
@@ -23,6 +23,30 @@ COUNT = tl.constexpr(1)
 BEHIND = tl.constexpr(2)
 PASSED = tl.constexpr(3)
 DONE = tl.constexpr(4)
+
+
+@triton.jit
+def load_progress(state, r):
+    """The state of a pair: cursor, count, behind, passed and done."""
+    at = state + r * COLUMNS
+    return (
+        tl.load(at + CURSOR),
+        tl.load(at + COUNT),
+        tl.load(at + BEHIND),
+        tl.load(at + PASSED),
+        tl.load(at + DONE),
+    )
+
+
+@triton.jit
+def store_progress(state, r, cursor, count, behind, passed, done):
+    """Put the state of a pair where :func:`load_progress` finds it."""
+    at = state + r * COLUMNS
+    tl.store(at + CURSOR, cursor)
+    tl.store(at + COUNT, count)
+    tl.store(at + BEHIND, behind)
+    tl.store(at + PASSED, passed)
+    tl.store(at + DONE, done)
 
 
 @triton.jit
@@ -132,13 +156,8 @@ def kappa_now(
         if rule == COVERAGE:
             known = latest
         at = known + heads // G * 3 * G + heads % G
-        kappa = correction(
-            tl.load(at, mask=real, other=0.0),
-            tl.load(at + G, mask=real, other=0.0),
-            tl.load(at + 2 * G, mask=real, other=0.0),
-            deviations,
-            lowest,
-        )
+        number, mean, square = load_moments(at, real, G)
+        kappa = correction(number, mean, square, deviations, lowest)
     return tl.where(real, kappa, 0.0)
 
 
@@ -161,11 +180,7 @@ def next_group(
     g = tl.arange(0, GT)
     real = g < G
     heads = r * G + g
-    cursor = tl.load(state + r * COLUMNS + CURSOR)
-    count = tl.load(state + r * COLUMNS + COUNT)
-    behind = tl.load(state + r * COLUMNS + BEHIND)
-    passed = tl.load(state + r * COLUMNS + PASSED)
-    done = tl.load(state + r * COLUMNS + DONE)
+    cursor, count, behind, passed, done = load_progress(state, r)
     size = group_size(done, n, group_pages, group_percent)
     if FIRST:
         if PREDICTED:
@@ -187,11 +202,8 @@ def next_group(
         cursor, count, behind, G, GT, WINDOW, STEP, BLOCK,
     )  # fmt: skip
     tl.store(group_count + r, taken)
-    tl.store(state + r * COLUMNS + CURSOR, cursor)
-    tl.store(state + r * COLUMNS + COUNT, count)
-    tl.store(state + r * COLUMNS + BEHIND, behind)
-    tl.store(state + r * COLUMNS + PASSED, passed + (taken > 0).to(tl.int32))
-    tl.store(state + r * COLUMNS + DONE, done + taken)
+    passed += (taken > 0).to(tl.int32)
+    store_progress(state, r, cursor, count, behind, passed, done + taken)
 
 
 @triton.jit
